@@ -24,6 +24,7 @@
  */
 import { existsSync, readdirSync, readFileSync, writeSync } from "node:fs";
 import { basename } from "node:path";
+import { parseArgs } from "node:util";
 import { z } from "zod@4.6.7";
 
 export const VERSION = "1.0.0";
@@ -154,6 +155,7 @@ const OptionsSchema = z.object({
 });
 
 export type Options = z.output<typeof OptionsSchema>;
+export type Env = Record<string, string | undefined>;
 
 const COMMANDS = {
   serve: "answer on TCP until stopped (the default)",
@@ -172,25 +174,16 @@ export type Invocation =
 /** A command line or a variable that cannot be followed; the message is one sentence for the user. */
 export class UsageError extends Error {}
 
-interface Row {
-  key: string;
-  flag: Flag;
-  many: boolean;
-  expects: string | undefined;
-}
-
-function listRows(): Row[] {
-  return Object.entries(OptionsSchema.shape).flatMap(([key, schema]) => {
-    const row = FLAGS.get(schema);
-    return row ? [{ key, flag: row, many: schema instanceof z.ZodArray, expects: schema.description }] : [];
-  });
-}
+const ROWS = Object.entries(OptionsSchema.shape).flatMap(([key, schema]) => {
+  const row = FLAGS.get(schema);
+  return row ? [{ key, ...row, many: schema instanceof z.ZodArray, expects: schema.description }] : [];
+});
 
 /** The text of `--help`, made from the tables. */
 export function formatHelp(): string {
   const line = (left: string, right: string) => `  ${left.padEnd(27)} ${right}`;
   const commands = Object.entries(COMMANDS).map(([name, help]) => line(name, help));
-  const options = listRows().map(({ flag: { name, takes, fallback, help } }) =>
+  const options = ROWS.map(({ name, takes, fallback, help }) =>
     line(`--${name} ${takes ?? ""}`, takes && fallback ? `${help} [${fallback}]` : help),
   );
   return `breaker ${VERSION}: has this OpenAI account cost anything today or yesterday (UTC)?
@@ -209,30 +202,22 @@ Exit codes: 0 closed or done, 1 open, 64 usage, 69 unknown or no breaker, 75 sto
 `;
 }
 
-/** Sorts the words before `--` into commands and the values given to each flag. */
-function readWords(words: string[], rows: Row[]): { commands: string[]; given: Map<string, string[]> } {
-  const commands: string[] = [];
+/** The values given to each flag, in their order, and the words that belong to none. */
+function readWords(words: string[]): { given: Map<string, string[]>; commands: string[] } {
+  const types = ROWS.map(({ name, takes }) => [name, { type: takes ? "string" : "boolean", multiple: true }] as const);
+  const options = Object.fromEntries(types);
+  const read = parseArgs({ args: words, options, allowPositionals: true, strict: false });
   const given = new Map<string, string[]>();
-  for (let i = 0; i < words.length; i++) {
-    const text = words[i] ?? "";
-    if (!text.startsWith("-")) {
-      commands.push(text);
-      continue;
+  for (const [name, value = ""] of Object.entries(read.values)) {
+    const row = ROWS.find((candidate) => candidate.name === name);
+    if (!row) throw new UsageError(`${words.find((word) => word.includes(name))}: no such option; see --help`);
+    const list = [value].flat();
+    if (row.takes && list.some((one) => one === true || String(one).startsWith("--"))) {
+      throw new UsageError(`--${name}: expected ${row.expects} after it; see --help`);
     }
-    const [, name, inline] = /^--([^=]*)(?:=(.*))?$/s.exec(text) ?? [];
-    const row = rows.find(({ flag }) => flag.name === name);
-    if (!row) throw new UsageError(`${text}: no such option, expected one of those in --help`);
-    let value = inline ?? "true";
-    if (inline === undefined && row.flag.takes) {
-      const next = words[++i];
-      if (next === undefined || next.startsWith("--")) {
-        throw new UsageError(`--${name}: expected ${row.expects} after it; see --help`);
-      }
-      value = next;
-    }
-    given.set(row.flag.name, row.many ? [...(given.get(row.flag.name) ?? []), value] : [value]);
+    given.set(name, list.map(String));
   }
-  return { commands, given };
+  return { given, commands: read.positionals };
 }
 
 /**
@@ -241,33 +226,29 @@ function readWords(words: string[], rows: Row[]): { commands: string[]; given: M
  *
  *     parseArguments(["check", "--timeout", "5s"], {}) → { command: "check", options: { timeoutMs: 5000, … }, rest: [] }
  */
-export function parseArguments(argv: string[], env: Record<string, string | undefined>): Invocation {
+export function parseArguments(argv: string[], env: Env): Invocation {
   const dashes = argv.includes("--") ? argv.indexOf("--") : argv.length;
   const words = argv.slice(0, dashes);
   const rest = argv.slice(dashes + 1);
   if (words.includes("-h") || words.includes("--help")) return { command: "print", text: formatHelp() };
   if (words.includes("-V") || words.includes("--version")) return { command: "print", text: `${VERSION}\n` };
 
-  const rows = listRows();
-  const { commands, given } = readWords(words, rows);
+  const { given, commands } = readWords(words);
   const variable = (name: string) => `BREAKER_${name.replaceAll("-", "_").toUpperCase()}`;
-  const drilling = (given.get("drill")?.[0] ?? env["BREAKER_DRILL"]) === "true";
+  const drilling = (given.get("drill")?.at(-1) ?? env["BREAKER_DRILL"]) === "true";
   const texts: Record<string, string | string[]> = {};
-  for (const { key, flag, many } of rows) {
-    const values = given.get(flag.name);
-    const fallback = (drilling && flag.drillFallback) || flag.fallback;
-    const text = env[variable(flag.name)] || fallback;
-    texts[key] = many ? (values ?? text.split(/\s+/).filter(Boolean)) : (values?.[0] ?? text);
+  for (const { key, name, many, fallback, drillFallback } of ROWS) {
+    const text = env[variable(name)] || (drilling && drillFallback) || fallback;
+    const list = given.get(name);
+    texts[key] = many ? (list ?? text.split(/\s+/).filter(Boolean)) : (list?.at(-1) ?? text);
   }
   const parsed = OptionsSchema.safeParse(texts);
   if (!parsed.success) {
-    const [key = "", index] = parsed.error.issues[0]?.path ?? [];
-    const row = rows.find((candidate) => candidate.key === key);
-    const text = texts[String(key)];
-    const bad = Array.isArray(text) ? text[Number(index)] : text;
-    const name = row?.flag.name ?? "";
+    const [key, index] = parsed.error.issues[0]?.path ?? [];
+    const { name = "", expects } = ROWS.find((row) => row.key === key) ?? {};
+    const bad = [texts[String(key)]].flat()[Number(index ?? 0)];
     const place = given.has(name) ? `--${name}` : variable(name);
-    throw new UsageError(`${place} ${JSON.stringify(bad)}: expected ${row?.expects}; see --help`);
+    throw new UsageError(`${place} ${JSON.stringify(bad)}: expected ${expects}; see --help`);
   }
 
   const [first = "serve", extra] = commands;
@@ -317,12 +298,12 @@ const CurrencySchema = z
 const JsonSchema = z.looseObject({});
 const ListSchema = z.array(z.unknown());
 
-const CostRowSchema = z
+export const CostRowSchema = z
   .object({ amount: z.object({ value: AmountSchema, currency: CurrencySchema }) })
   .transform(({ amount }) => ({ cost: amount.value, currency: amount.currency }));
 
 /** `input_tokens` holds the cached ones already. A long name would make globs slow. */
-const UsageRowSchema = z
+export const UsageRowSchema = z
   .object({
     input_tokens: z.int().min(0),
     output_tokens: z.int().min(0),
@@ -395,26 +376,27 @@ export function formatAmount(amount: number): string {
   return String(Number(amount.toPrecision(12)));
 }
 
-/** `90_000` → `"1 min"`, in the largest whole unit. */
-export function formatAge(ms: number): string {
-  if (ms < 2 * MINUTE) return `${Math.floor(ms / SECOND)} s`;
-  return ms < 2 * HOUR ? `${Math.floor(ms / MINUTE)} min` : `${Math.floor(ms / HOUR)} h`;
+/** `90_500` → `"90 s"` */
+function formatAge(ms: number): string {
+  return `${Math.floor(ms / SECOND)} s`;
 }
 
 /** Whether a model's name fits `patterns`: `matchesModel("*-mini*,o?", "gpt-4o-mini-2024-07-18")` → true */
 export function matchesModel(patterns: string, model: string): boolean {
   return patterns.split(",").some((pattern) => {
-    const source = pattern
-      .replace(/[.+^${}()|[\]\\]/g, "\\$&")
-      .replaceAll("*", ".*")
-      .replaceAll("?", ".");
+    const globs = new Map([
+      ["*", ".*"],
+      ["?", "."],
+    ]);
+    const source = pattern.replace(/[^\w]/g, (sign) => globs.get(sign) ?? `\\${sign}`);
     return new RegExp(`^${source}$`, "s").test(model);
   });
 }
 
 /** `Retry-After` in seconds or as a date → ms from `now`, 0 for anything else, at most an hour. */
 export function parseRetryAfter(header: string | null, now: number): number {
-  const ms = /^\d+$/.test(header ?? "") ? Number(header) * SECOND : Date.parse(header ?? "") - now;
+  const seconds = Number(header || Number.NaN);
+  const ms = Number.isNaN(seconds) ? Date.parse(header ?? "") - now : seconds * SECOND;
   return Math.min(Math.max(ms || 0, 0), HOUR);
 }
 
@@ -512,8 +494,8 @@ export function readBilling(body: unknown, today: string): Page {
   if (!envelope.success) problems.push(explain(envelope.error));
   const total = (envelope.data?.total_usage ?? 0) / 100;
   const rest = total - entries.reduce((sum, { cost }) => sum + cost, 0);
-  // Below a billionth of the total it is the rounding of the sum.
-  if (rest > total * 1e-9) entries.push({ day: today, cost: rest, currency });
+  // What is smaller than this is the rounding of the sum.
+  if (rest > total * 1e-12) entries.push({ day: today, cost: rest, currency });
   return { entries, next: null, problem: problems[0] ?? null };
 }
 
@@ -566,16 +548,20 @@ export function bookEntries(
   return problem;
 }
 
-/** A good look replaces the reading; a failed one can only raise it, day by day. */
-export function mergeLook(reading: Reading, look: Reading): Reading {
-  if (look.error === null) return look;
-  const raise = (known: ByDay = {}, seen: ByDay): ByDay => {
-    const larger = Object.entries(seen).map(([day, count]) => [day, Math.max(known[day] ?? 0, count)]);
+/** What was known and what was seen, day by day the larger: a cost that was seen is never taken back. */
+export function raiseReading(reading: Reading, seen: Reading): Reading {
+  const raise = (known: ByDay = {}, more: ByDay): ByDay => {
+    const larger = Object.entries(more).map(([day, count]) => [day, Math.max(known[day] ?? 0, count)]);
     return { ...known, ...Object.fromEntries(larger) };
   };
-  const tokens = look.tokens.map((seen, index) => raise(reading.tokens[index], seen));
-  const currency = look.currency ?? reading.currency;
-  return { ...look, asOfMs: reading.asOfMs, days: raise(reading.days, look.days), currency, tokens };
+  const tokens = seen.tokens.map((used, index) => raise(reading.tokens[index], used));
+  return { ...reading, days: raise(reading.days, seen.days), currency: seen.currency ?? reading.currency, tokens };
+}
+
+/** A good look replaces the reading; a failed one can only raise it. */
+export function mergeLook(reading: Reading, look: Reading): Reading {
+  if (look.error === null) return look;
+  return { ...raiseReading(reading, look), error: look.error, retryAfterMs: look.retryAfterMs };
 }
 
 /** The days from `first` on and their sum, null where none was seen; a clock that is behind hides no day. */
@@ -838,7 +824,7 @@ function answerRequest(
   const format = (result: Json) => JSON.stringify({ jsonrpc: "2.0", id, result: { ...result, ...envelope } });
   const succeed = (result: Json): McpAnswer => ({ kind: "reply", text: format(result) });
   const about = { capabilities: { tools: {} }, instructions: INSTRUCTIONS };
-  switch (modern ? method : `handshake ${method}`) {
+  switch (`${modern ? "modern" : "handshake"} ${method}`) {
     case "handshake initialize": {
       const version = z.string().safeParse(params["protocolVersion"]);
       if (!version.success) return invalid("protocolVersion: expected a string");
@@ -848,21 +834,20 @@ function answerRequest(
     case "handshake ping":
       return succeed({});
     case "handshake server/discover":
-    case "handshake subscriptions/listen":
       return invalid(`_meta: expected ${VERSION_KEY} and ${CAPABILITIES_KEY}`);
-    case "server/discover":
+    case "modern server/discover":
       return succeed({ supportedVersions: [MODERN_VERSION], ...about, ...cached });
-    case "subscriptions/listen": {
+    case "modern subscriptions/listen": {
       if (!JsonSchema.safeParse(params["notifications"]).success) return invalid("notifications: expected an object");
       const acknowledged = { _meta: { [`${META}subscriptionId`]: id }, notifications: {} };
       const notification = { method: "notifications/subscriptions/acknowledged", params: acknowledged };
       return { kind: "reply", text: JSON.stringify({ jsonrpc: "2.0", ...notification }) };
     }
-    case "tools/list":
+    case "modern tools/list":
     case "handshake tools/list":
       if (params["cursor"] !== undefined) return invalid("cursor: expected none, the list has one page");
       return succeed({ tools: [describeTool()], ...cached });
-    case "tools/call":
+    case "modern tools/call":
     case "handshake tools/call":
       if (params["name"] !== TOOL) return invalid(`name: expected ${TOOL}, the only tool`);
       return { kind: "ask", id, finish: (info) => format(formatStatus(info)) };
@@ -872,8 +857,6 @@ function answerRequest(
 }
 
 // ── Effects: child processes and the key ────────────────────────────────────────────────────────
-
-type Env = Record<string, string | undefined>;
 
 /** What the program has around it; a test brings its own. */
 export interface Surroundings {
@@ -1076,8 +1059,10 @@ function parseJson(text: string): unknown {
   }
 }
 
-/** Makes the function that looks at the account once. It never throws: a failed look holds its `error`. */
-export function createLook({ options, now, signal }: World, key: KeySource): () => Promise<Reading> {
+/** Looks at the account once; `onSeen` hears what was seen so far. Never throws: a failed look holds its `error`. */
+export type LookAt = (onSeen: (look: Reading) => void) => Promise<Reading>;
+
+export function createLook({ options, now, signal }: World, key: KeySource): LookAt {
   const { allowances, baseUrl, timeoutMs } = options;
 
   /** The body of a good answer; throws an Error that says what is wrong, and what to do. */
@@ -1110,7 +1095,7 @@ export function createLook({ options, now, signal }: World, key: KeySource): () 
     return body;
   }
 
-  return async () => {
+  return async (onSeen) => {
     const beganMs = now();
     const { yesterday, today } = listDays(beganMs);
     const look: Reading = { ...UNSEEN, asOfMs: beganMs, days: {}, tokens: allowances.map(() => ({})) };
@@ -1122,6 +1107,7 @@ export function createLook({ options, now, signal }: World, key: KeySource): () 
       for (let search = new URLSearchParams(query); ;) {
         const page = read(await request(`${path}?${search}`, { secret, look }));
         const complaint = bookEntries(look, { entries: page.entries, now: beganMs, allowances });
+        onSeen(look);
         const problem = page.problem ?? complaint;
         if (problem !== null) throw new Error(problem);
         if (page.next === null) return;
@@ -1166,7 +1152,7 @@ export interface Watch extends View {
 /** Looks again and again until the end; `onAnswer` hears INFO at every look and tick after the first look. */
 export function startWatch(
   { options, now, signal }: World,
-  { look, onAnswer }: { look: () => Promise<Reading>; onAnswer: (info: Info) => void },
+  { look, onAnswer }: { look: LookAt; onAnswer: (info: Info) => void },
 ): Watch {
   const startedMs = now();
   let reading = UNSEEN;
@@ -1185,7 +1171,7 @@ export function startWatch(
       if (signal.aborted) return;
       pause = Promise.withResolvers();
       const count = ++begun;
-      const found = await look();
+      const found = await look((seen) => (reading = raiseReading(reading, seen)));
       if (signal.aborted) return;
       reading = mergeLook(reading, found);
       failures = found.error === null ? 0 : failures + 1;
@@ -1264,7 +1250,7 @@ export function createMcp({ ask, send }: { ask: () => Info | Promise<Info>; send
         const { id } = answer;
         asked.set(id, answer.finish);
         const info = ask();
-        if (info instanceof Promise) void info.then((later) => finish(id, later));
+        if (info instanceof Promise) info.then((later) => finish(id, later)).catch(() => asked.clear());
         else finish(id, info);
       }
     }
@@ -1310,7 +1296,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch): S
     const later = question.needsLook ? watch.settled() : null;
     const reply = () => {
       peer.phase = "answered";
-      peer.outbox = `${question.reply(watch)}\n`;
+      peer.outbox += `${question.reply(watch)}\n`;
     };
     peer.input = NOTHING;
     if (!later) return reply();
@@ -1485,7 +1471,11 @@ interface Address {
 
 /** Asks one question; throws an Error that says what to do where nothing answers. */
 export async function ask(question: string, { host, port, timeoutMs }: Address): Promise<string> {
-  const hostname = host === "0.0.0.0" ? "127.0.0.1" : host === "::" ? "::1" : host;
+  const hostname =
+    new Map([
+      ["0.0.0.0", "127.0.0.1"],
+      ["::", "::1"],
+    ]).get(host) ?? host;
   const answered = Promise.withResolvers<void>();
   let text = "";
   const refuse = (cause: string) =>
@@ -1519,7 +1509,7 @@ export async function ask(question: string, { host, port, timeoutMs }: Address):
 async function askStatus(address: Address): Promise<boolean> {
   const text = await ask("STATUS", address);
   if (text === "TRUE" || text === "FALSE") return text === "TRUE";
-  throw new Error(`Port ${address.port} of ${address.host} answers "${redact(text, "")}"; expected TRUE or FALSE`);
+  throw new Error(`What listens at port ${address.port} answers "${redact(text, "")}"; expected TRUE or FALSE`);
 }
 
 /** What the breaker at `address` knows; throws where that is none, or does not take this machine for its own. */
@@ -1527,7 +1517,7 @@ async function askInfo(address: Address): Promise<Info> {
   const text = await ask("INFO", address);
   const info = InfoSchema.safeParse(parseJson(text));
   if (info.success) return info.data;
-  throw new Error(`Port ${address.port} of ${address.host} answers "${redact(text, "")}"; expected INFO of a breaker`);
+  throw new Error(`What listens at port ${address.port} answers "${redact(text, "")}"; expected INFO of a breaker`);
 }
 
 // ── Effects: stop and exec ──────────────────────────────────────────────────────────────────────
@@ -1621,18 +1611,20 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     log(`the breaker is open, ${argv[0]} was not started: ${await explain()}`);
     return EXIT.stopped;
   }
+  const signals: NodeJS.Signals[] = ["SIGINT", "SIGTERM", "SIGHUP"];
+  const pass = (signal: NodeJS.Signals) => {
+    if (signal !== "SIGINT" || !isForeground()) child.kill(signal);
+  };
+  for (const signal of signals) process.on(signal, pass); // First of all: no signal may miss the child.
   let child: Bun.Subprocess;
   try {
     child = Bun.spawn(argv, { env: childEnv(env), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
+    for (const signal of signals) process.off(signal, pass);
     return z.object({ code: z.literal("ENOENT") }).safeParse(error).success ? EXIT.notFound : EXIT.notExecutable;
   }
   let family = listProcesses().filter(({ pid }) => pid === child.pid);
-  const signals: NodeJS.Signals[] = ["SIGINT", "SIGTERM", "SIGHUP"];
-  const pass = (signal: NodeJS.Signals) => {
-    if (signal !== "SIGINT" || !isForeground()) child.kill(signal);
-  };
 
   /** Gives the reason once the breaker is open, or unknown for too long; null where the command ended before. */
   async function watchBreaker(): Promise<string | null> {
@@ -1652,7 +1644,6 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     }
   }
 
-  for (const signal of signals) process.on(signal, pass);
   try {
     const reason = await Promise.race([child.exited.then(() => null), watchBreaker()]);
     if (reason === null) return await child.exited;
@@ -1698,7 +1689,7 @@ export function startDrill({ now, signal }: { now: () => number; signal: AbortSi
 }
 
 /** The key and the look that the options ask for; a drill looks at an account of its own. */
-function prepareLook(world: World): { key: KeySource; look: () => Promise<Reading> } {
+function prepareLook(world: World): { key: KeySource; look: LookAt } {
   const { drill, baseUrl } = world.options;
   const options = { ...world.options, baseUrl: drill ? startDrill(world) : baseUrl };
   const key: KeySource = drill ? { read: async () => "drill", forget() {} } : createKeySource(world);
@@ -1722,7 +1713,15 @@ async function serve(world: World): Promise<number> {
     runHooks(info);
   };
   const watch = startWatch(world, { look, onAnswer });
-  const server = startServer(world, watch);
+  let server: Server;
+  try {
+    server = startServer(world, watch);
+  } catch (error) {
+    const place = `${options.host}:${options.port}`;
+    throw new Error(
+      `Cannot listen at ${place}: ${messageOf(error)}; choose another --port, or stop what listens there`,
+    );
+  }
   log(`breaker ${VERSION} listens on ${options.host}:${server.port}, looks at ${resolveSource(options)}`);
   if (options.maxAgeMs < options.intervalMs) log("--max-age is below --interval: between looks the state is unknown");
   const refresh = () => {
@@ -1766,7 +1765,7 @@ export function formatCheck(info: Info, { now, coloured }: { now: () => number; 
 async function check(world: World): Promise<number> {
   const { options, now, signal, print } = world;
   const startedMs = now();
-  const reading = mergeLook(UNSEEN, await prepareLook(world).look());
+  const reading = mergeLook(UNSEEN, await prepareLook(world).look(() => {}));
   if (signal.aborted) throw new Error("The check was interrupted");
   const info = describe({ now: now(), reading, options, startedMs });
   print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, world));
@@ -1777,32 +1776,30 @@ async function check(world: World): Promise<number> {
 /** MCP on stdin and stdout until the end of input; each call asks the running breaker. */
 async function speakMcp({ options, now, stdin, print }: World, address: Address): Promise<void> {
   const startedMs = now();
-  const pending = new Set<Promise<Info>>();
+  const explainNone = (error: unknown): Info => {
+    const unknown = describe({ now: now(), reading: UNSEEN, options, startedMs });
+    return { ...unknown, open: true, message: messageOf(error), error: messageOf(error) };
+  };
   const send = (text: string) => print(`${text}\n`);
-  const mcp = createMcp({
-    ask() {
-      const answered = askInfo(address).catch((error): Info => {
-        const [message, unknown] = [messageOf(error), describe({ now: now(), reading: UNSEEN, options, startedMs })];
-        return { ...unknown, open: true, message, error: message };
-      });
-      const done = answered.finally(() => pending.delete(done));
-      pending.add(done);
-      return done;
-    },
-    send,
-  });
+  const mcp = createMcp({ ask: () => askInfo(address).catch(explainNone), send });
+  const waitWhileAsked = async (most: number) => {
+    while (mcp.asked.size > most) await Bun.sleep(1);
+  };
   let input = NOTHING;
   for await (const chunk of stdin) {
     input = Buffer.concat([input, chunk]);
     for (let cut; (cut = takeLine(input, { ended: false, limit: MAX_MCP_LINE_BYTES })) !== "incomplete";) {
-      if (cut === "too long") return send(fail(undefined, { code: -32600, message: "Line Too Long" }).text);
+      if (cut === "too long") {
+        await waitWhileAsked(0);
+        return send(fail(undefined, { code: -32600, message: "Line Too Long" }).text);
+      }
       input = cut.rest;
       mcp.hear(cut.line);
-      if (pending.size >= MAX_ASKED) await Promise.race(pending);
+      await waitWhileAsked(MAX_ASKED);
     }
   }
   mcp.hear(input.toString());
-  await Promise.all(pending);
+  await waitWhileAsked(0);
 }
 
 /** Runs a command line and gives its exit code; never throws. */

@@ -1,0 +1,2490 @@
+/// <reference types="bun-types" />
+/**
+ * Tests of breaker.ts: pure functions with tables, behaviour through real sockets, real processes and
+ * real `pass`. Only the account is simulated, by an HTTP server on loopback that misbehaves as told.
+ * A test that needs a program names it in its title and is skipped where it is missing.
+ */
+import { afterAll, describe as suite, expect, test } from "bun:test";
+import {
+  chmodSync,
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
+import { connect } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import {
+  AmountSchema,
+  ask,
+  beginsMcp,
+  bookEntries,
+  computeBackoff,
+  CostRowSchema,
+  decide,
+  describe as describeInfo,
+  findQuestion,
+  formatAmount,
+  formatCheck,
+  formatDay,
+  formatHelp,
+  type Info,
+  main,
+  matchesModel,
+  mergeLook,
+  type Options,
+  parseArguments,
+  parseRetryAfter,
+  QUESTIONS,
+  readBilling,
+  readPage,
+  type Reading,
+  redact,
+  takeLine,
+  UNSEEN,
+  UsageRowSchema,
+  UsageError,
+  VERSION,
+} from "./breaker.ts";
+
+// ── Helpers ─────────────────────────────────────────────────────────────────────────────────────
+
+const SCRIPT = join(import.meta.dir, "breaker.ts");
+const KEY = "sk-admin-T3stKeyThatNobodyMaySee0123456789";
+const DAY = 86_400_000;
+const today = () => formatDay(Date.now());
+const yesterday = () => formatDay(Date.now() - DAY);
+const folders: string[] = [];
+
+function makeFolder(): string {
+  const folder = mkdtempSync(join(tmpdir(), "brk-"));
+  folders.push(folder);
+  return folder;
+}
+
+afterAll(() => {
+  for (const folder of folders) rmSync(folder, { recursive: true, force: true });
+});
+
+/** Waits until `check` gives something, for `limitMs` at most. */
+async function until<T>(check: () => T | Promise<T>, limitMs = 8000): Promise<NonNullable<T>> {
+  const endMs = performance.now() + limitMs;
+  for (;;) {
+    const found = await check();
+    if (found) return found;
+    if (performance.now() > endMs) throw new Error(`not within ${limitMs} ms: ${check}`);
+    await Bun.sleep(10);
+  }
+}
+
+function needs(...programs: string[]) {
+  return test.skipIf(programs.some((program) => Bun.which(program) === null));
+}
+
+function optionsOf(...argv: string[]): Options {
+  const call = parseArguments(argv, {});
+  if (call.command === "print") throw new Error("no options");
+  return call.options;
+}
+
+/** The raw HTTP answer that holds `body`; without a Date unless one is given. */
+function http(
+  body: unknown,
+  { status = 200, headers = {} }: { status?: number; headers?: Record<string, string> } = {},
+): string {
+  const text = typeof body === "string" ? body : JSON.stringify(body);
+  const lines = Object.entries({ "Content-Length": String(Buffer.byteLength(text)), Connection: "close", ...headers });
+  return `HTTP/1.1 ${status} X\r\n${lines.map(([name, value]) => `${name}: ${value}\r\n`).join("")}\r\n${text}`;
+}
+
+interface Request {
+  path: string;
+  query: URLSearchParams;
+  headers: Headers;
+}
+
+type Respond = (request: Request, socket: Bun.Socket<{ text: string }>) => string | null;
+
+/** A simulated account: `respond` gives the raw answer to each request, or null to leave it hanging. */
+function startAccount(respond: Respond) {
+  const requests: Request[] = [];
+  const listener = Bun.listen<{ text: string }>({
+    hostname: "127.0.0.1",
+    port: 0,
+    socket: {
+      open(socket) {
+        socket.data = { text: "" };
+      },
+      data(socket, chunk) {
+        socket.data.text += chunk.toString();
+        if (!socket.data.text.includes("\r\n\r\n")) return;
+        const [first = "", ...lines] = socket.data.text.split("\r\n");
+        const url = new URL(first.split(" ")[1] ?? "", "http://account");
+        const headers = new Headers(
+          lines
+            .filter((line) => line.includes(": "))
+            .map((line): [string, string] => {
+              const at = line.indexOf(": ");
+              return [line.slice(0, at), line.slice(at + 2)];
+            }),
+        );
+        const request = { path: url.pathname, query: url.searchParams, headers };
+        requests.push(request);
+        const answer = respond(request, socket);
+        if (answer === null) return;
+        socket.write(answer);
+        socket.end();
+      },
+      error() {},
+    },
+  });
+  return {
+    requests,
+    base: `http://127.0.0.1:${listener.port}/v1`,
+    [Symbol.dispose]: () => listener.stop(true),
+  };
+}
+
+interface Amount {
+  value?: unknown;
+  currency?: unknown;
+}
+
+/** A bucket of the Costs API `daysAgo` days before today. */
+function bucket(daysAgo: number, ...amounts: (number | string | Amount)[]) {
+  const start_time = Date.parse(formatDay(Date.now() - daysAgo * DAY)) / 1000;
+  const results = amounts.map((amount) => ({
+    object: "organization.costs.result",
+    amount: typeof amount === "object" ? amount : { value: amount, currency: "usd" },
+  }));
+  return { object: "bucket", start_time, end_time: start_time + 86400, results };
+}
+
+function page(data: unknown, next: string | null = null) {
+  return { object: "page", data, has_more: next !== null, next_page: next };
+}
+
+function usage(...rows: { model: string | null; input: number; output: number; cached?: number }[]) {
+  const start_time = Date.parse(today()) / 1000;
+  const results = rows.map(({ model, input, output, cached }) => ({
+    object: "organization.usage.completions.result",
+    input_tokens: input,
+    output_tokens: output,
+    input_cached_tokens: cached ?? 0,
+    num_model_requests: 1,
+    model,
+  }));
+  return page([{ object: "bucket", start_time, end_time: start_time + 86400, results }]);
+}
+
+const FREE = http(page([bucket(1, 0), bucket(0, "0E-6176")]));
+const CENT = http(page([bucket(1, 0), bucket(0, "0.01")]));
+
+/** Runs a command line of the breaker within this process. */
+async function run(argv: string[], { env = {}, stdin = "" }: { env?: Record<string, string>; stdin?: string } = {}) {
+  let [out, err] = ["", ""];
+  const code = await main(argv, {
+    env: { OPENAI_ADMIN_KEY: KEY, PATH: process.env["PATH"], ...env },
+    now: Date.now,
+    stdin: new Blob([stdin]).stream(),
+    print: (text) => void (out += text),
+    log: (text) => void (err += `${text}\n`),
+    coloured: false,
+  });
+  return { code, out, err };
+}
+
+/** A breaker that serves within this process, at a free port. */
+async function serve(
+  argv: string[],
+  { env = {}, now = Date.now }: { env?: Record<string, string>; now?: () => number } = {},
+) {
+  const logs: string[] = [];
+  const done = main(["serve", "--host", "127.0.0.1", "--port", "0", ...argv], {
+    env: { OPENAI_ADMIN_KEY: KEY, PATH: process.env["PATH"], ...env },
+    now,
+    stdin: new Blob([]).stream(),
+    print: () => {},
+    log: (text) => void logs.push(text),
+    coloured: false,
+  });
+  const port = await until(() => Number(/listens on \S+:(\d+)/.exec(logs.join("\n"))?.[1]));
+  const address = { host: "127.0.0.1", port, timeoutMs: 5000 };
+  return {
+    port,
+    logs,
+    done,
+    ask: (question: string) => ask(question, address),
+    info: async (): Promise<Info> => JSON.parse(await ask("INFO", address)),
+    async [Symbol.asyncDispose]() {
+      process.emit("SIGTERM");
+      expect(await done).toBe(0);
+    },
+  };
+}
+
+/** A breaker in a process of its own, at a free port. */
+async function spawnBreaker(
+  argv: string[],
+  {
+    env = {},
+    script = SCRIPT,
+    cwd = makeFolder(),
+    wrap = [],
+  }: { env?: Record<string, string>; script?: string; cwd?: string; wrap?: string[] } = {},
+) {
+  const child = Bun.spawn(
+    [...wrap, process.execPath, "--no-env-file", script, "--host", "127.0.0.1", "--port", "0", ...argv],
+    {
+      env: { PATH: process.env["PATH"], HOME: process.env["HOME"], ...env },
+      cwd,
+      stdin: "ignore",
+      stdout: "pipe",
+      stderr: "pipe",
+    },
+  );
+  let log = "";
+  void (async () => {
+    for await (const chunk of child.stderr.pipeThrough(new TextDecoderStream())) log += chunk;
+  })();
+  const port = await until(() => Number(/listens on \S+:(\d+)/.exec(log)?.[1]));
+  const address = { host: "127.0.0.1", port, timeoutMs: 8000 };
+  return {
+    port,
+    pid: child.pid,
+    child,
+    log: () => log,
+    ask: (question: string) => ask(question, address),
+    info: async (): Promise<Info> => JSON.parse(await ask("INFO", address)),
+    async [Symbol.asyncDispose]() {
+      child.kill("SIGTERM");
+      const timer = setTimeout(() => child.kill("SIGKILL"), 4000);
+      await child.exited;
+      clearTimeout(timer);
+    },
+  };
+}
+
+/** Runs a shell command to its end. */
+async function sh(
+  command: string,
+  env: Record<string, string> = {},
+): Promise<{ code: number; out: string; err: string }> {
+  const child = Bun.spawn(["bash", "-c", command], {
+    env: { ...process.env, ...env },
+    stdin: "ignore",
+    stdout: "pipe",
+    stderr: "pipe",
+  });
+  const [out, err] = await Promise.all([new Response(child.stdout).text(), new Response(child.stderr).text()]);
+  return { code: await child.exited, out, err };
+}
+
+/** Sends pieces over one connection, half-closes, and gives all that comes back until the server closes. */
+function talk(
+  port: number,
+  pieces: (string | Uint8Array)[],
+  { close = true }: { close?: boolean } = {},
+): Promise<string> {
+  return new Promise((resolve, reject) => {
+    const socket = connect({ port, host: "127.0.0.1", allowHalfOpen: true });
+    let text = "";
+    socket.setTimeout(15_000, () => reject(new Error(`nothing more after ${JSON.stringify(text)}`)));
+    socket.on("data", (chunk) => (text += chunk));
+    socket.on("end", () => {
+      resolve(text);
+      socket.end();
+    });
+    socket.on("error", reject);
+    socket.on("connect", async () => {
+      for (const piece of pieces) {
+        socket.write(piece);
+        if (pieces.length > 1) await Bun.sleep(1);
+      }
+      if (close) socket.end();
+    });
+  });
+}
+
+// ── Options ─────────────────────────────────────────────────────────────────────────────────────
+
+suite("options", () => {
+  test("the defaults are those of the table", () => {
+    expect(optionsOf()).toEqual({
+      host: "0.0.0.0",
+      port: 5555,
+      thresholdUsd: 0,
+      allowances: [],
+      projects: [],
+      intervalMs: 60_000,
+      timeoutMs: 10_000,
+      maxAgeMs: 600_000,
+      whenUnknown: true,
+      source: "auto",
+      baseUrl: "https://api.openai.com/v1",
+      passEntry: "OPENAI_API_KEY",
+      onTrip: "",
+      onReset: "",
+      drill: false,
+      json: false,
+    });
+  });
+
+  const accepted: [string[], Record<string, string>, Partial<Options>][] = [
+    [["--port", "0"], {}, { port: 0 }],
+    [["--port=8080"], {}, { port: 8080 }],
+    [[], { BREAKER_PORT: "7" }, { port: 7 }],
+    [["--port", "8"], { BREAKER_PORT: "7" }, { port: 8 }],
+    [["--port", "8"], { BREAKER_PORT: "nonsense" }, { port: 8 }],
+    [["--port", "8", "--port", "9"], {}, { port: 9 }],
+    [[], { BREAKER_PORT: "" }, { port: 5555 }],
+    [["--threshold", "0.5"], {}, { thresholdUsd: 0.5 }],
+    [["--threshold", ".5"], {}, { thresholdUsd: 0.5 }],
+    [["--interval", "500ms"], {}, { intervalMs: 500 }],
+    [["--timeout", "30s", "--max-age", "1h"], {}, { timeoutMs: 30_000, maxAgeMs: 3_600_000 }],
+    [["--max-age", "24h"], {}, { maxAgeMs: 86_400_000 }],
+    [[], { BREAKER_MAX_AGE: "10m" }, { maxAgeMs: 600_000 }],
+    [["--when-unknown", "false"], {}, { whenUnknown: false }],
+    [["--drill"], {}, { drill: true, intervalMs: 1000 }],
+    [[], { BREAKER_DRILL: "true" }, { drill: true, intervalMs: 1000 }],
+    [["--drill", "--interval", "5s"], {}, { drill: true, intervalMs: 5000 }],
+    [["--base-url", "http://127.0.0.1:9/v1/"], {}, { baseUrl: "http://127.0.0.1:9/v1" }],
+    [["--base-url", "http://[::1]:9"], {}, { baseUrl: "http://[::1]:9" }],
+    [["--base-url", "https://gateway.example/v1"], {}, { baseUrl: "https://gateway.example/v1" }],
+    [["--project", "a", "--project", "b"], {}, { projects: ["a", "b"] }],
+    [[], { BREAKER_PROJECT: " a  b " }, { projects: ["a", "b"] }],
+    [["--project", "c"], { BREAKER_PROJECT: "a b" }, { projects: ["c"] }],
+    [
+      [],
+      { BREAKER_ALLOWANCE: "*-mini*,*-nano*=10M *=1M" },
+      {
+        allowances: [
+          { models: "*-mini*,*-nano*", limit: 1e7 },
+          { models: "*", limit: 1e6 },
+        ],
+      },
+    ],
+    [["--allowance", "a=250k"], {}, { allowances: [{ models: "a", limit: 250_000 }] }],
+    [["--allowance", "a=2.5M"], {}, { allowances: [{ models: "a", limit: 2_500_000 }] }],
+    [["--allowance", "a=1G"], {}, { allowances: [{ models: "a", limit: 1e9 }] }],
+    [["--allowance", "a=7"], {}, { allowances: [{ models: "a", limit: 7 }] }],
+    [["--on-trip", "echo a; echo b"], {}, { onTrip: "echo a; echo b" }],
+    [["--on-trip="], { BREAKER_ON_TRIP: "x" }, { onTrip: "" }],
+  ];
+  test.each(accepted)("%j with %j", (argv, env, expected) => {
+    const call = parseArguments(argv, env);
+    expect(call).toMatchObject({ command: "serve", options: expected });
+  });
+
+  const refused: [string[], Record<string, string>, RegExp][] = [
+    [["--port", "65536"], {}, /^--port "65536": expected a port/],
+    [["--port", "-1"], {}, /^--port "-1": expected a port/],
+    [["--port", "1.5"], {}, /^--port "1.5": expected a port/],
+    [["--port", ""], {}, /^--port "": expected a port/],
+    [["--port"], {}, /^--port: expected a port .* after it/],
+    [["--port", "--json"], {}, /^--port: expected a port .* after it/],
+    [[], { BREAKER_PORT: "x" }, /^BREAKER_PORT "x": expected a port/],
+    [["--threshold", "-1"], {}, /^--threshold "-1": expected an amount/],
+    [["--threshold", "NaN"], {}, /^--threshold "NaN"/],
+    [["--threshold", "1e999"], {}, /^--threshold/],
+    [["--interval", "0ms"], {}, /^--interval "0ms": expected a duration from 1ms to 24h/],
+    [["--interval", "60"], {}, /^--interval "60": expected a duration/],
+    [["--max-age", "25h"], {}, /^--max-age "25h"/],
+    [["--when-unknown", "maybe"], {}, /^--when-unknown "maybe": expected true or false/],
+    [["--source", "x"], {}, /^--source "x": expected auto, costs or billing/],
+    [["--base-url", "http://example.com/v1"], {}, /^--base-url "http:\/\/example.com\/v1": expected an https URL/],
+    [["--base-url", "http://127.0.0.1.example.com/"], {}, /^--base-url/],
+    [["--base-url", "http://localhost.example.com/"], {}, /^--base-url/],
+    [["--base-url", "https://user:secret@example.com/"], {}, /^--base-url/],
+    [["--base-url", "file:///etc/passwd"], {}, /^--base-url/],
+    [["--base-url", "nonsense"], {}, /^--base-url/],
+    [["--pass-entry", ""], {}, /^--pass-entry "": expected the name/],
+    [["--pass-entry", "a\nb"], {}, /^--pass-entry "a\\nb"/],
+    [["--host", "a b"], {}, /^--host "a b"/],
+    [["--allowance", "x"], {}, /^--allowance "x": expected MODELS=TOKENS/],
+    [["--allowance", "=5"], {}, /^--allowance "=5"/],
+    [["--allowance", "a=0"], {}, /^--allowance "a=0"/],
+    [["--allowance", "a=5T"], {}, /^--allowance "a=5T"/],
+    [["--allowance", "a=-5"], {}, /^--allowance "a=-5"/],
+    [["--allowance", "a,,b=5"], {}, /^--allowance "a,,b=5"/],
+    [["--allowance", "a=1M", "--allowance", "b=zz"], {}, /^--allowance "b=zz"/],
+    [[], { BREAKER_ALLOWANCE: "a=1M b" }, /^BREAKER_ALLOWANCE "b"/],
+    [["--allowance", "a=1", "--source", "billing"], {}, /^--allowance.*--source costs/],
+    [["--project", "p", "--base-url", "https://gateway.example"], {}, /^--project "p".*--source costs/],
+    [["--prot", "1"], {}, /^--prot: no such option/],
+    [["-x"], {}, /^-x: no such option/],
+    [["nonsense"], {}, /^nonsense: expected a command/],
+    [["check", "more"], {}, /^more: expected nothing more after check/],
+    [["exec"], {}, /^exec: expected exec -- CMD/],
+    [["exec", "--"], {}, /^exec: expected exec -- CMD/],
+    [["check", "--", "x"], {}, /^check: expected exec -- CMD/],
+  ];
+  test.each(refused)("%j with %j is refused in one line", (argv, env, expected) => {
+    const refuse = () => parseArguments(argv, env);
+    expect(refuse).toThrow(UsageError);
+    expect(refuse).toThrow(expected);
+    expect(refuse).toThrow(/^[^\n]*--help$/);
+  });
+
+  test("help and version win over everything before --", async () => {
+    expect(await run(["--nonsense", "-h"])).toEqual({ code: 0, out: formatHelp(), err: "" });
+    expect(await run(["--port", "x", "--version"])).toEqual({ code: 0, out: `${VERSION}\n`, err: "" });
+    expect(parseArguments(["exec", "--", "ls", "--help"], {})).toMatchObject({
+      command: "exec",
+      rest: ["ls", "--help"],
+    });
+  });
+
+  test("help names every option with its default", () => {
+    const names = formatHelp().match(/--[a-z-]+/g) ?? [];
+    for (const name of [
+      "host",
+      "port",
+      "threshold",
+      "allowance",
+      "project",
+      "interval",
+      "timeout",
+      "max-age",
+      "when-unknown",
+      "source",
+      "base-url",
+      "pass-entry",
+      "on-trip",
+      "on-reset",
+      "drill",
+      "json",
+    ]) {
+      expect(names).toContain(`--${name}`);
+    }
+    expect(formatHelp()).toContain("[https://api.openai.com/v1]");
+  });
+
+  test("a usage error goes to stderr and exits with 64", async () => {
+    const { code, out, err } = await run(["--port", "x"]);
+    expect([code, out]).toEqual([64, ""]);
+    expect(err).toBe('breaker: --port "x": expected a port from 0 to 65535; see --help\n');
+  });
+});
+
+// ── Money and time ──────────────────────────────────────────────────────────────────────────────
+
+suite("amounts", () => {
+  const amounts: [unknown, number | null][] = [
+    [0, 0],
+    [0.4, 0.4],
+    [-1, -1],
+    ["12.50", 12.5],
+    ["0E-6176", 0],
+    ["0.000", 0],
+    ["0.003627500000000000000000000000000000", 0.0036275],
+    ["0.1739150000000000000000000000", 0.173915],
+    ["+1", 1],
+    [".5", 0.5],
+    ["1e2", 100],
+    ["1E-6176", Number.MIN_VALUE],
+    ["", null],
+    [" ", null],
+    [null, null],
+    [undefined, null],
+    [Number.NaN, null],
+    [Number.POSITIVE_INFINITY, null],
+    ["Infinity", null],
+    ["1e999", null],
+    ["NaN", null],
+    ["0x10", null],
+    ["1,5", null],
+    ["1 usd", null],
+    [true, null],
+    [[], null],
+    [{}, null],
+  ];
+  test.each(amounts)("%p is read as %p", (value, expected) => {
+    expect(AmountSchema.safeParse(value).data ?? null).toBe(expected);
+  });
+
+  test.each([
+    [0.1 + 0.2, "0.3"],
+    [0.0036275, "0.0036275"],
+    [0, "0"],
+    [20, "20"],
+    [1e-9, "1e-9"],
+  ])("%p is shown as %p", (amount, text) => {
+    expect(formatAmount(amount)).toBe(text);
+  });
+});
+
+suite("globs", () => {
+  const globs: [string, string, boolean][] = [
+    ["*", "gpt-5", true],
+    ["*", "", true],
+    ["gpt-5", "gpt-5", true],
+    ["gpt-5", "gpt-5-mini", false],
+    ["gpt-5*", "gpt-5-mini", true],
+    ["*-mini*", "gpt-4o-mini-2024-07-18", true],
+    ["*-mini*,*-nano*", "gpt-5-nano", true],
+    ["o?", "o3", true],
+    ["o?", "o", false],
+    ["o?", "o33", false],
+    ["GPT-5", "gpt-5", false],
+    ["gpt.5", "gptx5", false],
+    ["gpt-(5)+", "gpt-(5)+", true],
+    ["[ab]", "a", false],
+    ["a*c", "a\nc", true],
+  ];
+  test.each(globs)("%p on %p: %p", (patterns, model, expected) => {
+    expect(matchesModel(patterns, model)).toBe(expected);
+  });
+});
+
+test.each([
+  ["5", 5000],
+  ["0", 0],
+  ["7200", 3_600_000],
+  ["nonsense", 0],
+  ["-5", 0],
+  [null, 0],
+  ["Thu, 01 Jan 1970 00:00:30 GMT", 20_000],
+])("Retry-After %p is %p ms", (header, expected) => {
+  expect(parseRetryAfter(header, 10_000)).toBe(expected);
+});
+
+test.each([
+  [1, 60_000, 0, 5000],
+  [2, 60_000, 0, 10_000],
+  [4, 60_000, 0, 40_000],
+  [9, 60_000, 0, 300_000],
+  [5000, 60_000, 0, 300_000],
+  [1, 1000, 0, 1000],
+  [2, 1000, 0, 2000],
+  [1, 60_000, 90_000, 90_000],
+  [1, 60_000, 1000, 5000],
+])(
+  "after %p failures, an interval of %p ms and Retry-After %p ms the next look is in %p ms",
+  (failures, intervalMs, retryAfterMs, expected) => {
+    expect(computeBackoff(failures, { intervalMs, retryAfterMs })).toBe(expected);
+  },
+);
+
+test.each([
+  [`Incorrect key: ${KEY}.`, "Incorrect key: ***."],
+  [`starts ${KEY.slice(0, 12)}, ends ${KEY.slice(-9)}`, "starts ***, ends ***"],
+  ["provided: sk-other-abc***xyz.", "provided: sk-***."],
+  ["two\nlines\x1b[31m\0", "two lines [31m "],
+  ["nothing secret", "nothing secret"],
+  ["x".repeat(5000), `${"x".repeat(300)}…`],
+])("%j is redacted", (text, expected) => {
+  expect(redact(text, KEY)).toBe(expected);
+});
+
+// ── The account's answers ───────────────────────────────────────────────────────────────────────
+
+suite("pages and billing", () => {
+  const row = { amount: { value: 1, currency: "usd" } };
+  test("a good row counts also when its neighbour is bad", () => {
+    const body = page([
+      { start_time: 1.7e9, results: [{}, row] },
+      { start_time: "x", results: [row] },
+      { start_time: 1.7e9, results: [row] },
+    ]);
+    const { entries, problem } = readPage(body, CostRowSchema);
+    expect(entries).toHaveLength(2);
+    expect(problem).toBe("start_time: Invalid input: expected number, received string");
+  });
+  test("rows count although the page does not say whether more follow", () => {
+    const { entries, problem } = readPage({ data: [{ start_time: 1.7e9, results: [row] }] }, CostRowSchema);
+    expect(entries).toHaveLength(1);
+    expect(problem).toContain("has_more");
+  });
+
+  const day = Date.parse("2026-11-22") / 1000;
+  const billing: [string, unknown, [string, number][], boolean][] = [
+    ["a total alone is booked on today", { total_usage: 42 }, [["2026-11-23", 0.42]], true],
+    ["0.4 cents are a cost", { total_usage: 0.4 }, [["2026-11-23", 0.004]], true],
+    ["nothing", { total_usage: 0, daily_costs: [] }, [], true],
+    ["no total", { daily_costs: [] }, [], false],
+    ["a total that is null", { total_usage: null }, [], false],
+    [
+      "days that add up to the total",
+      {
+        total_usage: 106.619,
+        daily_costs: [
+          {
+            timestamp: day,
+            line_items: [
+              { name: "a", cost: 0 },
+              { name: "b", cost: 106.619 },
+            ],
+          },
+        ],
+      },
+      [
+        ["2026-11-22", 0],
+        ["2026-11-22", 1.06619],
+      ],
+      true,
+    ],
+    [
+      "what the total holds above the days",
+      { total_usage: 3, daily_costs: [{ timestamp: day, line_items: [{ cost: 1 }] }] },
+      [
+        ["2026-11-22", 0.01],
+        ["2026-11-23", 0.02],
+      ],
+      true,
+    ],
+    [
+      "a credit hides no cost",
+      { total_usage: 0, daily_costs: [{ timestamp: day, line_items: [{ cost: -5 }, { cost: 5 }] }] },
+      [
+        ["2026-11-22", 0],
+        ["2026-11-22", 0.05],
+      ],
+      true,
+    ],
+    [
+      "a bad item beside a good one",
+      { total_usage: 1, daily_costs: [{ timestamp: day, line_items: [{}, { cost: 1 }] }] },
+      [["2026-11-22", 0.01]],
+      false,
+    ],
+    [
+      "milliseconds for seconds",
+      { total_usage: 0, daily_costs: [{ timestamp: day * 1000, line_items: [] }] },
+      [],
+      false,
+    ],
+    ["days that are no list", { total_usage: 0, daily_costs: {} }, [], false],
+  ];
+  test.each(billing)("%s", (_, body, expected, good) => {
+    const { entries, problem } = readBilling(body, "2026-11-23");
+    const booked = entries.map((entry): [string, number] => [
+      entry.day,
+      "cost" in entry ? Number(entry.cost.toFixed(9)) : NaN,
+    ]);
+    expect(booked).toEqual(expected);
+    expect(problem === null).toBe(good);
+  });
+});
+
+// ── The decision ────────────────────────────────────────────────────────────────────────────────
+
+suite("the decision", () => {
+  const noon = Date.parse("2026-11-22T12:00:00Z");
+  const minute = 60_000;
+  const seen = (days: Record<string, number>, more: Partial<Reading> = {}): Reading => ({
+    ...UNSEEN,
+    asOfMs: noon,
+    currency: "usd",
+    days,
+    ...more,
+  });
+  const none = { "2026-11-21": 0, "2026-11-22": 0 };
+  const tokens = ["--source", "costs", "--allowance", "*-mini=100", "--allowance", "*=10"];
+  const decisions: [string, number, Reading, string[], string][] = [
+    ["nothing seen", noon, UNSEEN, [], "TRUE unknown"],
+    ["nothing seen, FALSE when unknown", noon, UNSEEN, ["--when-unknown", "false"], "FALSE unknown"],
+    ["no cost", noon, seen(none), [], "FALSE none"],
+    ["a cost today", noon, seen({ ...none, "2026-11-22": 0.000001 }), [], "TRUE cost"],
+    ["a cost yesterday", noon, seen({ ...none, "2026-11-21": 5 }), [], "TRUE cost"],
+    ["a cost of the day before yesterday", noon, seen({ ...none, "2026-11-20": 5 }), [], "FALSE none"],
+    ["a cost of tomorrow: the clock is behind", noon, seen({ ...none, "2026-11-23": 5 }), [], "TRUE cost"],
+    ["the smallest cost", noon, seen({ ...none, "2026-11-22": Number.MIN_VALUE }), [], "TRUE cost"],
+    ["exactly the threshold", noon, seen({ ...none, "2026-11-22": 1 }), ["--threshold", "1"], "FALSE none"],
+    ["above the threshold", noon, seen({ ...none, "2026-11-22": 1.01 }), ["--threshold", "1"], "TRUE cost"],
+    [
+      "both days together above the threshold",
+      noon,
+      seen({ "2026-11-21": 0.6, "2026-11-22": 0.6 }),
+      ["--threshold", "1"],
+      "TRUE cost",
+    ],
+    ["a cost, FALSE when unknown", noon, seen({ "2026-11-22": 1 }), ["--when-unknown", "false"], "TRUE cost"],
+    ["a reading of exactly --max-age", noon + 10 * minute, seen(none), [], "FALSE none"],
+    ["a reading older than --max-age", noon + 10 * minute + 1, seen(none), [], "TRUE unknown"],
+    [
+      "an old reading, FALSE when unknown",
+      noon + 11 * minute,
+      seen(none),
+      ["--when-unknown", "false"],
+      "FALSE unknown",
+    ],
+    ["a reading a little in the future", noon - 10 * minute, seen(none), [], "FALSE none"],
+    ["a reading far in the future", noon - 10 * minute - 1, seen(none), [], "TRUE unknown"],
+    ["an old reading with a cost", noon + 60 * minute, seen({ "2026-11-22": 1 }), [], "TRUE cost"],
+    ["a cost seen by a failed look only", noon, seen({ "2026-11-22": 1 }, { asOfMs: null }), [], "TRUE cost"],
+    [
+      "the last millisecond of the next day",
+      Date.parse("2026-11-23T23:59:59.999Z"),
+      seen({ "2026-11-22": 1 }),
+      [],
+      "TRUE cost",
+    ],
+    [
+      "the first of the day after",
+      Date.parse("2026-11-24T00:00:00Z"),
+      seen({ "2026-11-22": 1 }),
+      ["--max-age", "24h"],
+      "TRUE unknown",
+    ],
+    [
+      "midnight drops the day before yesterday",
+      Date.parse("2026-11-23T00:00:00Z"),
+      seen({ "2026-11-21": 1, "2026-11-22": 0 }),
+      ["--max-age", "24h"],
+      "FALSE none",
+    ],
+    [
+      "a leap day",
+      Date.parse("2028-03-01T00:00:01Z"),
+      { ...UNSEEN, asOfMs: Date.parse("2028-03-01T00:00:00Z"), days: { "2028-02-29": 1 } },
+      [],
+      "TRUE cost",
+    ],
+    [
+      "tokens below both limits",
+      noon,
+      seen(none, { tokens: [{ "2026-11-22": 99 }, { "2026-11-22": 9 }] }),
+      tokens,
+      "FALSE none",
+    ],
+    ["tokens exactly at a limit", noon, seen(none, { tokens: [{ "2026-11-22": 100 }, {}] }), tokens, "TRUE allowance"],
+    [
+      "tokens above the second limit",
+      noon,
+      seen(none, { tokens: [{}, { "2026-11-22": 11 }] }),
+      tokens,
+      "TRUE allowance",
+    ],
+    ["tokens of yesterday", noon, seen(none, { tokens: [{ "2026-11-21": 500 }, {}] }), tokens, "FALSE none"],
+    [
+      "tokens seen by a failed look only",
+      noon,
+      seen({}, { asOfMs: null, tokens: [{ "2026-11-22": 100 }, {}] }),
+      tokens,
+      "TRUE allowance",
+    ],
+    [
+      "a cost goes before tokens",
+      noon,
+      seen({ "2026-11-22": 1 }, { tokens: [{ "2026-11-22": 100 }, {}] }),
+      tokens,
+      "TRUE cost",
+    ],
+  ];
+  test.each(decisions)("%s", (_, now, reading, argv, expected) => {
+    const { open, reason } = decide({ now, reading, options: optionsOf(...argv) });
+    expect(`${open ? "TRUE" : "FALSE"} ${reason}`).toBe(expected);
+  });
+
+  test("the message says how much, when and why", () => {
+    const say = (reading: Reading, now = noon) => decide({ now, reading, options: optionsOf() }).message;
+    expect(say(seen({ "2026-11-21": 0.1, "2026-11-22": 0.42 }))).toBe(
+      "0.1 usd on 2026-11-21 and 0.42 usd on 2026-11-22 (UTC)",
+    );
+    expect(say(seen(none))).toBe("no cost on 2026-11-21 and 2026-11-22 (UTC)");
+    expect(say({ ...UNSEEN, error: "Cannot read" })).toBe("no good look at the account yet: Cannot read");
+    expect(say(seen(none, { error: "Cannot read" }), noon + 20 * minute)).toBe(
+      "the last good look is 1200 s old: Cannot read",
+    );
+  });
+
+  const failed = { error: "x" };
+  const merges: [string, Reading, Reading, Partial<Reading>][] = [
+    ["a good look replaces a cost", seen({ a: 5 }), seen({ a: 1 }), { days: { a: 1 }, error: null }],
+    ["a failed look raises", seen({ a: 1 }), seen({ a: 2, b: 3 }, failed), { days: { a: 2, b: 3 }, error: "x" }],
+    ["a failed look lowers nothing", seen({ a: 5 }), seen({ a: 2 }, failed), { days: { a: 5 } }],
+    ["a failed look is not good", seen({}, { asOfMs: 7 }), seen({}, failed), { asOfMs: 7 }],
+    ["nor the first one", UNSEEN, seen({ a: 1 }, failed), { asOfMs: null, days: { a: 1 }, currency: "usd" }],
+    [
+      "a failed look raises tokens",
+      seen({}, { tokens: [{ a: 5 }] }),
+      seen({}, { tokens: [{ a: 2, b: 1 }], ...failed }),
+      { tokens: [{ a: 5, b: 1 }] },
+    ],
+  ];
+  test.each(merges)("%s", (_, reading, look, expected) => {
+    expect(mergeLook(reading, look)).toMatchObject(expected);
+  });
+
+  test("a model counts toward the first allowance that it matches, cached tokens once, null as the empty name", () => {
+    const look: Reading = { ...UNSEEN, days: {}, tokens: [{}, {}] };
+    const { allowances } = optionsOf(...tokens);
+    const rows = usage(
+      { model: "o3-mini", input: 10, output: 5, cached: 8 },
+      { model: "o3", input: 1, output: 1 },
+      { model: null, input: 2, output: 0 },
+    );
+    const { entries } = readPage(rows, UsageRowSchema);
+    expect(bookEntries(look, { entries, now: Date.now(), allowances })).toBe(null);
+    expect(look.tokens).toEqual([{ [today()]: 15 }, { [today()]: 4 }]);
+  });
+});
+
+// ── The protocol ────────────────────────────────────────────────────────────────────────────────
+
+suite("the protocol", () => {
+  const lines: [string, boolean, string][] = [
+    ["STATUS", false, "STATUS"],
+    ["status", true, "STATUS"],
+    ["  StAtUs \t\r", false, "STATUS"],
+    ["HELP", false, "HELP"],
+    ["INFO", true, "INFO"],
+    ["INFO", false, "ERR Not Allowed"],
+    ["", true, "ERR Unknown Command"],
+    ["STATUS now", true, "ERR Unknown Command"],
+    ["STATUSX", true, "ERR Unknown Command"],
+    ["\u017ftatus", true, "ERR Unknown Command"],
+    ["STATUS\0", true, "ERR Unknown Command"],
+    ["GET / HTTP/1.1", true, "ERR Unknown Command"],
+    ["__proto__", true, "ERR Unknown Command"],
+    ["STOP", true, "ERR Unknown Command"],
+  ];
+  test.each(lines)("%j asked locally %p is %p", (line, local, expected) => {
+    const question = findQuestion(line, { local });
+    const view = {
+      decide: () => ({ open: false, reason: "none" as const, message: "" }),
+      describe: () => {
+        throw new Error("not asked for");
+      },
+    };
+    expect(question.name === "ERR" ? question.reply(view) : question.name).toBe(expected);
+  });
+
+  test("every line of HELP begins with its command", () => {
+    const help = findQuestion("HELP", { local: false }).reply({
+      decide: () => {
+        throw new Error();
+      },
+      describe: () => {
+        throw new Error();
+      },
+    });
+    expect(help.split("\n").map((line) => line.split(" ")[0])).toEqual([...QUESTIONS.map(({ name }) => name), "{"]);
+  });
+
+  const cuts: [string, boolean, ReturnType<typeof takeLine> | string][] = [
+    ["STATUS\nrest", false, "STATUS"],
+    ["STATUS\r\n", false, "STATUS\r"],
+    ["STATUS", false, "incomplete"],
+    ["STATUS", true, "STATUS"],
+    ["", false, "incomplete"],
+    ["", true, ""],
+    ["0123456789\n", false, "0123456789"],
+    ["0123456789\r\n", false, "0123456789\r"],
+    ["0123456789\r", false, "incomplete"],
+    ["0123456789a", false, "too long"],
+    ["0123456789a\n", false, "too long"],
+  ];
+  test.each(cuts)("of %j, ended %p, at most 10 bytes, the line is %j", (text, ended, expected) => {
+    const cut = takeLine(Buffer.from(text), { ended, limit: 10 });
+    expect(typeof cut === "string" ? cut : cut.line).toBe(String(expected));
+  });
+
+  test.each([
+    ["{", true],
+    [" \t{}", true],
+    ["x{", false],
+    ["", false],
+    ["  ", false],
+    ["\n{", false],
+  ])("%j begins MCP: %p", (text, expected) => {
+    expect(beginsMcp(Buffer.from(text))).toBe(expected);
+  });
+});
+
+// ── The truth ───────────────────────────────────────────────────────────────────────────────────
+// What the account answers, and what STATUS, INFO and check make of it, through real HTTP.
+
+type Verdict = "FALSE none" | "TRUE cost" | "TRUE unknown";
+
+const COSTS = "/v1/organization/costs";
+const big = JSON.stringify(page([])).slice(0, -1);
+const pages =
+  (...answers: string[]): Respond =>
+  ({ query }) =>
+    answers[Number(query.get("page") ?? 0)] ?? http("", { status: 500 });
+const always =
+  (answer: string | null): Respond =>
+  () =>
+    answer;
+const body = (data: unknown): Respond => always(http(page(data)));
+const dated = (offsetMs: number) => ({ headers: { Date: new Date(Date.now() + offsetMs).toUTCString() } });
+const cents = (total_usage: unknown, daily_costs?: unknown): Respond =>
+  always(http({ object: "list", total_usage, daily_costs }));
+const daily = (daysAgo: number, ...costs: unknown[]) => ({
+  timestamp: Date.parse(formatDay(Date.now() - daysAgo * DAY)) / 1000,
+  line_items: costs.map((cost) => ({ name: "x", cost })),
+});
+
+const truths: [string, Respond, Verdict, string?][] = [
+  ["no bucket", body([]), "FALSE none"],
+  ["buckets without rows", body([bucket(1), bucket(0)]), "FALSE none"],
+  ["zero as a number", body([bucket(1, 0), bucket(0, 0)]), "FALSE none"],
+  ["zero as 0E-6176", body([bucket(0, "0E-6176")]), "FALSE none"],
+  ["only a credit", body([bucket(0, -5)]), "FALSE none"],
+  ["no currency", body([bucket(0, { value: 0 })]), "FALSE none"],
+  [
+    "unknown members",
+    always(http({ ...page([{ ...bucket(0, 0), start_time_iso: "x" }]), organization_id: "org" })),
+    "FALSE none",
+  ],
+  [
+    "an older answer with result",
+    body([{ ...bucket(0), results: undefined, result: bucket(0, 0).results }]),
+    "FALSE none",
+  ],
+  ["a cost of the day before yesterday", body([bucket(2, 7), bucket(1, 0), bucket(0, 0)]), "FALSE none"],
+  ["error null", always(http({ ...page([bucket(0, 0)]), error: null })), "FALSE none"],
+  [
+    "three pages of nothing",
+    pages(http(page([bucket(1)], "1")), http(page([bucket(0)], "2")), http(page([]))),
+    "FALSE none",
+  ],
+  ["a Date 9 minutes off", always(http(page([]), dated(9 * 60_000))), "FALSE none"],
+  ["a cost today", body([bucket(0, 0.01)]), "TRUE cost"],
+  ["a cost yesterday", body([bucket(1, 0.01), bucket(0, 0)]), "TRUE cost"],
+  ["a very small cost as a string", body([bucket(0, "0.003627500000000000000000000000000000")]), "TRUE cost"],
+  ["a cost too small for a number", body([bucket(0, "1E-6176")]), "TRUE cost"],
+  ["a cost beside a larger credit", body([bucket(0, -5, 0.01)]), "TRUE cost"],
+  ["a cost in another currency", body([bucket(0, { value: 1, currency: "EUR" })]), "TRUE cost"],
+  [
+    "a cost in an older answer",
+    body([{ ...bucket(0), results: undefined, result: bucket(0, 1).results }]),
+    "TRUE cost",
+  ],
+  ["a cost of tomorrow", body([bucket(-1, 1)]), "TRUE cost"],
+  ["a cost on page 2 of 3", pages(http(page([], "1")), http(page([bucket(0, 1)], "2")), http(page([]))), "TRUE cost"],
+  ["a cost on page 1, page 2 fails", pages(http(page([bucket(0, 1)], "1")), http("", { status: 500 })), "TRUE cost"],
+  [
+    "a cost on page 1, page 2 hangs",
+    ({ query }) => (query.has("page") ? null : http(page([bucket(0, 1)], "1"))),
+    "TRUE cost",
+  ],
+  ["a cost beside a row without an amount", body([bucket(0, { currency: "usd" }, 1)]), "TRUE cost"],
+  ["a cost, then has_more without a cursor", always(http({ ...page([bucket(0, 1)]), has_more: true })), "TRUE cost"],
+  [
+    "a row without an amount",
+    body([{ ...bucket(0), results: [{ object: "organization.costs.result" }] }]),
+    "TRUE unknown",
+  ],
+  ["an amount without a value", body([bucket(0, { currency: "usd" })]), "TRUE unknown"],
+  ["a value that is null", body([bucket(0, { value: null, currency: "usd" })]), "TRUE unknown"],
+  ["a value that is empty", body([bucket(0, { value: "", currency: "usd" })]), "TRUE unknown"],
+  ["a value that is no number", body([bucket(0, { value: "free", currency: "usd" })]), "TRUE unknown"],
+  ["a value beyond all numbers", body([bucket(0, "1e999")]), "TRUE unknown"],
+  ["two currencies", body([bucket(0, { value: 0, currency: "eur" }, 0)]), "TRUE unknown"],
+  ["an empty currency", body([bucket(0, { value: 0, currency: "" })]), "TRUE unknown"],
+  ["a bucket without results", body([{ start_time: 1.7e9 }]), "TRUE unknown"],
+  ["a bucket without a start", body([{ results: [] }]), "TRUE unknown"],
+  ["a start in milliseconds", body([{ start_time: Date.now(), results: [] }]), "TRUE unknown"],
+  ["a bucket of a month", body([{ ...bucket(20, 1), end_time: bucket(0).end_time }]), "TRUE unknown"],
+  ["a bucket far in the future", body([bucket(-3, 1)]), "TRUE unknown"],
+  ["data that is no list", body({}), "TRUE unknown"],
+  ["no data", always(http({ object: "page", has_more: false })), "TRUE unknown"],
+  ["no has_more", always(http({ object: "page", data: [] })), "TRUE unknown"],
+  ["another object", always(http({ ...page([]), object: "list" })), "TRUE unknown"],
+  ["has_more without a cursor", always(http({ ...page([]), has_more: true })), "TRUE unknown"],
+  ["an empty cursor", always(http({ ...page([]), has_more: true, next_page: "" })), "TRUE unknown"],
+  ["a cursor that repeats itself", always(http(page([], "again"))), "TRUE unknown"],
+  ["pages without end", ({ query }) => http(page([], String(Number(query.get("page") ?? 0) + 1))), "TRUE unknown"],
+  ["a number", always(http("0")), "TRUE unknown"],
+  ["null", always(http("null")), "TRUE unknown"],
+  ["a list", always(http("[]")), "TRUE unknown"],
+  ["an empty object", always(http("{}")), "TRUE unknown"],
+  ["an empty body", always(http("")), "TRUE unknown"],
+  ["HTML", always(http("<html>sign in</html>")), "TRUE unknown"],
+  ["a body cut short", always(http(JSON.stringify(page([])).slice(0, -4))), "TRUE unknown"],
+  ["bytes that are no UTF-8", always(http(page([])).replace("page", "p\ufffdge")), "TRUE unknown"],
+  [
+    "an error with status 200",
+    always(http({ ...page([]), error: { message: "x", type: "one_api_error" } })),
+    "TRUE unknown",
+  ],
+  ["a bare error with status 200", always(http({ ...page([]), error: "x" })), "TRUE unknown"],
+  ["an error of unknown shape", always(http({ ...page([]), error: {} })), "TRUE unknown"],
+  ["status 201", always(http(page([]), { status: 201 })), "TRUE unknown"],
+  ["status 204", always(http("", { status: 204 })), "TRUE unknown"],
+  ["status 400", always(http(page([]), { status: 400 })), "TRUE unknown"],
+  ["status 401", always(http({ error: { message: "Incorrect API key" } }, { status: 401 })), "TRUE unknown"],
+  ["status 403", always(http({ error: "Missing scopes: api.usage.read." }, { status: 403 })), "TRUE unknown"],
+  ["status 404", always(http("", { status: 404 })), "TRUE unknown"],
+  ["status 429", always(http({ error: { message: "slow" } }, { status: 429 })), "TRUE unknown"],
+  ["status 500 with a good body", always(http(page([]), { status: 500 })), "TRUE unknown"],
+  ["a redirect", always(http("", { status: 302, headers: { Location: "http://127.0.0.1:1/" } })), "TRUE unknown"],
+  ["a Date 11 minutes ahead", always(http(page([]), dated(11 * 60_000))), "TRUE unknown"],
+  ["a Date 11 minutes behind", always(http(page([]), dated(-11 * 60_000))), "TRUE unknown"],
+  ["a Date that is none", always(http(page([]), { headers: { Date: "yesterday" } })), "TRUE unknown"],
+  ["a body of 2 MiB", always(http(`${big}${" ".repeat(2 ** 21)}}`)), "TRUE unknown"],
+  ["a hang", always(null), "TRUE unknown"],
+  [
+    "a hang after the head",
+    (_, socket) => (socket.write("HTTP/1.1 200 X\r\nContent-Length: 99\r\n\r\n{"), null),
+    "TRUE unknown",
+  ],
+  ["a reset", (_, socket) => (socket.terminate(), null), "TRUE unknown"],
+  ["no HTTP", always("hello\r\n\r\n"), "TRUE unknown"],
+  ["billing: nothing", cents(0), "FALSE none", "billing"],
+  ["billing: days of nothing", cents(0, [daily(1, 0), daily(0, 0)]), "FALSE none", "billing"],
+  ["billing: old days only", cents(7, [daily(5, 7)]), "FALSE none", "billing"],
+  ["billing: 0.4 cents", cents(0.4), "TRUE cost", "billing"],
+  ["billing: a lifetime total", cents(1840.98), "TRUE cost", "billing"],
+  ["billing: a cost yesterday", cents(0.4, [daily(1, 0.4), daily(0, 0)]), "TRUE cost", "billing"],
+  ["billing: more than the days", cents(5, [daily(5, 4)]), "TRUE cost", "billing"],
+  ["billing: a cost beside a bad item", cents(5, [daily(0, null, 5)]), "TRUE cost", "billing"],
+  ["billing: a cost and no total", cents(undefined, [daily(0, 5)]), "TRUE cost", "billing"],
+  ["billing: no total", cents(undefined), "TRUE unknown", "billing"],
+  ["billing: a total that is null", cents(null), "TRUE unknown", "billing"],
+  ["billing: an item without a cost", cents(0, [daily(0, undefined)]), "TRUE unknown", "billing"],
+  [
+    "billing: an error with status 200",
+    always(http({ error: { message: "x", type: "one_api_error" } })),
+    "TRUE unknown",
+    "billing",
+  ],
+  [
+    "billing: the refusal of api.openai.com",
+    always(http({ error: { message: "must be made with a session key", type: "server_error" } }, { status: 403 })),
+    "TRUE unknown",
+    "billing",
+  ],
+];
+
+suite("the truth", () => {
+  test.each(truths)("%s", async (_, respond, verdict, source = "costs") => {
+    using account = startAccount(respond);
+    const argv = ["--base-url", account.base, "--source", source, "--timeout", "150ms"];
+    await using breaker = await serve(argv);
+    const { open, reason, error } = await breaker.info();
+    expect(`${await breaker.ask("STATUS")} ${reason}`).toBe(verdict);
+    expect(open).toBe(verdict !== "FALSE none");
+    if (verdict === "FALSE none") expect(error).toBeNull();
+    if (verdict === "TRUE unknown") await until(async () => (await breaker.info()).error);
+    const { code, out } = await run(["check", "--json", ...argv]);
+    expect(code).toBe({ "FALSE none": 0, "TRUE cost": 1, "TRUE unknown": 69 }[verdict]);
+    expect(JSON.parse(out)).toMatchObject({ open, reason });
+  });
+
+  test("there are at least 50 of them", () => expect(truths.length).toBeGreaterThan(50));
+
+  test("a body that drips is late", async () => {
+    using account = startAccount((_, socket) => {
+      socket.write("HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n");
+      const timer = setInterval(() => {
+        if (socket.write("1\r\n \r\n") <= 0) clearInterval(timer);
+      }, 20);
+      setTimeout(() => clearInterval(timer), 2000);
+      return null;
+    });
+    const { code, out } = await run(["check", "--base-url", account.base, "--source", "costs", "--timeout", "150ms"]);
+    expect(code).toBe(69);
+    expect(out).toContain("timed out");
+  });
+
+  test("a compressed bomb is over 1 MiB", async () => {
+    const bomb = Bun.gzipSync(Buffer.from(`${big}${" ".repeat(2 ** 24)}}`));
+    using account = startAccount((_, socket) => {
+      socket.write(`HTTP/1.1 200 X\r\nContent-Encoding: gzip\r\nContent-Length: ${bomb.length}\r\n\r\n`);
+      socket.write(bomb);
+      return null;
+    });
+    const { code, out } = await run(["check", "--base-url", account.base, "--source", "costs"]);
+    expect([code, out]).toEqual([69, expect.stringContaining("over 1 MiB")]);
+  });
+
+  test("the key does not follow a redirect", async () => {
+    using target = startAccount(always(FREE));
+    using account = startAccount(always(http("", { status: 307, headers: { Location: target.base } })));
+    const { code, out } = await run(["check", "--base-url", account.base, "--source", "costs"]);
+    expect([code, target.requests.length]).toEqual([69, 0]);
+    expect(out).toContain("set --base-url");
+  });
+
+  test("the Costs API is asked for yesterday and today, with the key, the projects and every page", async () => {
+    using account = startAccount(pages(http(page([], "1")), FREE));
+    const argv = ["--base-url", account.base, "--source", "costs", "--project", "p1", "--project", "p2"];
+    expect((await run(["check", ...argv])).code).toBe(0);
+    expect(account.requests.map(({ path }) => path)).toEqual([COSTS, COSTS]);
+    const [first, second] = account.requests;
+    expect(first?.headers.get("authorization")).toBe(`Bearer ${KEY}`);
+    expect(first?.query.get("start_time")).toBe(String(Date.parse(yesterday()) / 1000));
+    expect(first?.query.get("bucket_width")).toBe("1d");
+    expect(first?.query.getAll("project_ids[]")).toEqual(["p1", "p2"]);
+    expect(second?.query.get("page")).toBe("1");
+    expect(second?.query.getAll("project_ids[]")).toEqual(["p1", "p2"]);
+  });
+
+  test("the billing endpoint is asked for yesterday to tomorrow", async () => {
+    using account = startAccount(cents(0));
+    expect((await run(["check", "--base-url", account.base])).code).toBe(0);
+    const [request] = account.requests;
+    expect(request?.path).toBe("/v1/dashboard/billing/usage");
+    expect(request?.query.get("start_date")).toBe(yesterday());
+    expect(request?.query.get("end_date")).toBe(formatDay(Date.now() + DAY));
+  });
+
+  test("auto asks openai.com and its subdomains for costs, others for billing", () => {
+    const sources = [
+      "https://api.openai.com/v1",
+      "https://eu.api.openai.com/v1",
+      "https://openai.com",
+      "https://notopenai.com",
+      "https://openai.com.example",
+    ];
+    const moment = { now: 0, reading: UNSEEN, startedMs: 0 };
+    expect(sources.map((url) => describeInfo({ ...moment, options: optionsOf("--base-url", url) }).source)).toEqual([
+      "costs",
+      "costs",
+      "costs",
+      "billing",
+      "billing",
+    ]);
+  });
+
+  test("errors say what to do", async () => {
+    const refusals: [Respond, RegExp][] = [
+      [
+        always(http({ error: "Missing scopes: api.usage.read." }, { status: 403 })),
+        /HTTP 403, Missing scopes.*admin key.*pass insert MY_KEY/,
+      ],
+      [
+        always(http({ error: { message: `Incorrect API key provided: ${KEY}.` } }, { status: 401 })),
+        /HTTP 401, Incorrect API key provided: \*\*\*.*admin key/,
+      ],
+      [always(http("", { status: 404 })), /HTTP 404.*--base-url/],
+      [always(http("<html>")), /not JSON; check --base-url/],
+    ];
+    for (const [respond, expected] of refusals) {
+      using account = startAccount(respond);
+      const { out } = await run(["check", "--base-url", account.base, "--source", "costs", "--pass-entry", "MY_KEY"]);
+      expect(out).toMatch(expected);
+      expect(out).not.toContain(KEY.slice(4, 14));
+    }
+  });
+
+  test("check prints the days, the costs and the verdict", async () => {
+    const tokens = http(usage({ model: "o3", input: 100, output: 20 }));
+    using account = startAccount(({ path }) => (path === COSTS ? CENT : tokens));
+    const argv = ["check", "--base-url", account.base, "--source", "costs", "--allowance", "*=1M"];
+    const { out } = await run(argv);
+    expect(out).toStartWith(
+      `${yesterday()}  0 usd\n${today()}  0.01 usd\n*           120 of 1000000 tokens\nopen: 0.01 usd on ${today()} (UTC)\n`,
+    );
+    const info: Info = JSON.parse((await run([...argv, "--json"])).out);
+    expect(info).toMatchObject({
+      open: true,
+      reason: "cost",
+      threshold: 0,
+      allowances: [{ models: "*", used: 120, limit: 1e6 }],
+      source: "costs",
+      version: VERSION,
+    });
+    expect(formatCheck(info, { now: Date.now, coloured: true })).toContain("\x1b[1;31mopen\x1b[0m");
+  });
+});
+
+// ── The watch ───────────────────────────────────────────────────────────────────────────────────
+
+suite("the watch", () => {
+  const quick = ["--source", "costs", "--interval", "20ms", "--timeout", "300ms"];
+
+  test("a cost that appears trips, and one that a good look does not confirm resets", async () => {
+    let answer = FREE;
+    using account = startAccount(() => answer);
+    await using breaker = await serve(["--base-url", account.base, ...quick]);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    answer = CENT;
+    await until(async () => (await breaker.ask("STATUS")) === "TRUE");
+    answer = http("", { status: 500 });
+    await until(async () => (await breaker.info()).error);
+    expect(await breaker.ask("STATUS")).toBe("TRUE");
+    answer = FREE;
+    await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+    expect((await breaker.info()).error).toBeNull();
+  });
+
+  test("a good look that is older than --max-age counts no more", async () => {
+    let answer: string | null = FREE;
+    using account = startAccount(() => answer);
+    await using breaker = await serve(["--base-url", account.base, ...quick, "--max-age", "400ms"]);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    answer = null;
+    await until(async () => (await breaker.ask("STATUS")) === "TRUE");
+    expect(await breaker.info()).toMatchObject({ reason: "unknown", asOf: expect.any(String), ageSeconds: 0 });
+  });
+
+  test("one look at a time, however many ask, and none because they ask", async () => {
+    let [running, most] = [0, 0];
+    using account = startAccount((_, socket) => {
+      most = Math.max(most, ++running);
+      setTimeout(() => {
+        running--;
+        socket.write(FREE);
+        socket.end();
+      }, 50);
+      return null;
+    });
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+    const answers = await Promise.all(Array.from({ length: 200 }, () => breaker.ask("STATUS")));
+    expect(new Set(answers)).toEqual(new Set(["FALSE"]));
+    expect([account.requests.length, most]).toEqual([1, 1]);
+  });
+
+  test("STATUS waits for the first look, and at most --timeout", async () => {
+    using account = startAccount(always(null));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs", "--timeout", "200ms"]);
+    expect(await breaker.ask("STATUS")).toBe("TRUE");
+    await until(async () => (await breaker.info()).error);
+    expect(await breaker.info()).toMatchObject({
+      open: true,
+      reason: "unknown",
+      cost: null,
+      asOf: null,
+      ageSeconds: null,
+      error: expect.stringContaining("timed out"),
+    });
+  });
+
+  test("HELP and unknown commands wait for nothing", async () => {
+    using account = startAccount(always(null));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs", "--timeout", "60s"]);
+    expect(await breaker.ask("nonsense")).toBe("ERR Unknown Command");
+    expect(await breaker.ask("HELP")).toStartWith("STATUS");
+  });
+
+  test("SIGHUP looks now and reads the key afresh", async () => {
+    let key = KEY;
+    using account = startAccount(always(FREE));
+    const env = {
+      get OPENAI_ADMIN_KEY() {
+        return key;
+      },
+    };
+    const logs: string[] = [];
+    const done = main(["--host", "127.0.0.1", "--port", "0", "--base-url", account.base, "--source", "costs"], {
+      env,
+      now: Date.now,
+      stdin: new Blob([]).stream(),
+      print() {},
+      log: (text) => void logs.push(text),
+      coloured: false,
+    });
+    await until(() => account.requests.length === 1);
+    key = "sk-admin-another";
+    process.emit("SIGHUP");
+    await until(() => account.requests.length === 2);
+    expect(account.requests[1]?.headers.get("authorization")).toBe("Bearer sk-admin-another");
+    process.emit("SIGTERM");
+    expect(await done).toBe(0);
+  });
+
+  test("Retry-After is honoured", async () => {
+    using account = startAccount(always(http("", { status: 429, headers: { "Retry-After": "30" } })));
+    await using breaker = await serve(["--base-url", account.base, ...quick]);
+    await until(async () => (await breaker.info()).error);
+    await Bun.sleep(200); // ten intervals
+    expect(account.requests.length).toBe(1);
+  });
+
+  test("after a sleep STATUS waits for a look that began after it", async () => {
+    let [offsetMs, answer] = [0, FREE];
+    using account = startAccount(() => answer);
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"], {
+      now: () => Date.now() + offsetMs,
+    });
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    offsetMs = 5 * 60_000;
+    answer = CENT;
+    expect(await breaker.ask("STATUS")).toBe("TRUE");
+    expect(account.requests.length).toBe(2);
+  });
+
+  test("FALSE when unknown is said only where the user wants it", async () => {
+    using account = startAccount(always(http("", { status: 500 })));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs", "--when-unknown", "false"]);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    expect(await breaker.info()).toMatchObject({ open: false, reason: "unknown" });
+  });
+
+  test("an allowance that is used up trips, and a usage request that fails makes the look fail", async () => {
+    let [costs, tokens] = [FREE, http(usage({ model: "o3", input: 5, output: 4, cached: 5 }))];
+    using account = startAccount(({ path }) => (path === COSTS ? costs : tokens));
+    await using breaker = await serve(["--base-url", account.base, ...quick, "--allowance", "o?=10"]);
+    expect(await breaker.info()).toMatchObject({ open: false, allowances: [{ models: "o?", used: 9, limit: 10 }] });
+    tokens = http(usage({ model: "o3", input: 5, output: 5 }));
+    await until(async () => (await breaker.ask("STATUS")) === "TRUE");
+    expect(await breaker.info()).toMatchObject({
+      reason: "allowance",
+      allowances: [{ models: "o?", used: 10, limit: 10 }],
+    });
+    const { query } = account.requests.findLast(({ path }) => path !== COSTS) ?? {};
+    expect([query?.get("group_by[]"), query?.get("start_time")]).toEqual(["model", String(Date.parse(today()) / 1000)]);
+    [costs, tokens] = [CENT, http("", { status: 500 })];
+    await until(async () => (await breaker.info()).error);
+    expect(await breaker.info()).toMatchObject({
+      reason: "cost",
+      error: expect.stringContaining("Cannot read the token usage: HTTP 500"),
+    });
+  });
+});
+
+// ── The server ──────────────────────────────────────────────────────────────────────────────────
+
+suite("the server", () => {
+  let account = startAccount(always(FREE));
+  const free = () => ["--base-url", account.base, "--source", "costs"];
+  afterAll(() => account[Symbol.dispose]());
+
+  const questions: [string, (string | Uint8Array)[], string][] = [
+    ["a line", ["STATUS\n"], "FALSE\n"],
+    ["a line of Windows", ["status\r\n"], "FALSE\n"],
+    ["the end of input for the end of the line", ["STATUS"], "FALSE\n"],
+    ["byte by byte", [..."STATUS\r\n"], "FALSE\n"],
+    ["blanks", [" \t status \t\n"], "FALSE\n"],
+    ["only the first line counts", ["HELLO\nSTATUS\nINFO\n"], "ERR Unknown Command\n"],
+    ["nothing", [], "ERR Unknown Command\n"],
+    ["a blank line", ["\n"], "ERR Unknown Command\n"],
+    ["no text", [new Uint8Array([0xff, 0xfe, 0, 0x80, 10])], "ERR Unknown Command\n"],
+    ["256 bytes", [`${" ".repeat(250)}STATUS\r\n`], "FALSE\n"],
+    ["257 bytes", [`${" ".repeat(251)}STATUS\n`], "ERR Line Too Long\n"],
+    ["257 bytes without an end", ["x".repeat(257)], "ERR Line Too Long\n"],
+    ["a megabyte", ["x".repeat(2 ** 20)], "ERR Line Too Long\n"],
+    [
+      "an HTTP request",
+      ["POST / HTTP/1.1\r\nHost: x\r\n\r\n", '{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n'],
+      "ERR Unknown Command\n",
+    ],
+    ["64 KiB of MCP and more", [`{${"x".repeat(65_536)}`], "ERR Line Too Long\n"],
+  ];
+  test("each question gets its answer, in any pieces", async () => {
+    await using breaker = await serve(free());
+    for (const [name, pieces, expected] of questions) {
+      expect([name, await talk(breaker.port, pieces)]).toEqual([name, expected]);
+    }
+  });
+
+  test("100 silent clients delay nobody, 1,024 and one more get ERR Busy", async () => {
+    await using breaker = await spawnBreaker(free(), withKey);
+    const opened = await Promise.all(
+      Array.from(
+        { length: 1024 },
+        () =>
+          new Promise<ReturnType<typeof connect>>((resolve) => {
+            const socket = connect({ port: breaker.port, host: "127.0.0.1" }, () => resolve(socket));
+            socket.on("error", () => {});
+          }),
+      ),
+    );
+    expect(await breaker.ask("STATUS")).toBe("ERR Busy");
+    for (const socket of opened.splice(100)) socket.destroy();
+    await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+    for (const socket of opened) socket.destroy();
+  });
+
+  test("any bytes in any pieces get nothing but the answers of the protocol", async () => {
+    await using breaker = await serve(free());
+    let seed = 42;
+    const random = (below: number) => (seed = (seed * 1103515245 + 12345) % 2 ** 31) % below;
+    const allowed = /^(TRUE|FALSE|ERR Unknown Command|ERR Line Too Long|STATUS .*|\{.*|)$/;
+    await Promise.all(
+      Array.from({ length: 150 }, async () => {
+        const bytes = Uint8Array.from({ length: random(600) }, () => random(256));
+        const at = random(bytes.length + 1);
+        const text = await talk(
+          breaker.port,
+          [bytes.subarray(0, at), bytes.subarray(at)].filter((piece) => piece.length > 0),
+        );
+        for (const line of text.split("\n")) expect(line).toMatch(allowed);
+      }),
+    );
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+  });
+
+  test("a client that resets, or leaves before its answer, ends nothing", async () => {
+    await using breaker = await serve(free());
+    for (const piece of ["", "STA", "STATUS\n", "{"]) {
+      const socket = connect({ port: breaker.port, host: "127.0.0.1" });
+      socket.on("error", () => {});
+      await new Promise((resolve) => socket.write(piece, resolve));
+      socket.resetAndDestroy();
+    }
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+  });
+
+  test("a port in use exits with 69 and says so", async () => {
+    await using breaker = await serve(free());
+    const { code, err } = await run(["serve", "--host", "127.0.0.1", "--port", String(breaker.port), ...free()]);
+    expect(code).toBe(69);
+    expect(err).toContain(`Cannot listen at 127.0.0.1:${breaker.port}`);
+  });
+
+  test("INFO and MCP are for this machine, STATUS is for everybody", async () => {
+    const address = Object.values((await import("node:os")).networkInterfaces())
+      .flat()
+      .find((one) => one && one.family === "IPv4" && !one.internal)?.address;
+    await using breaker = await serve(["--host", "0.0.0.0", ...free()]);
+    const from = (localAddress: string, host: string, question: string) =>
+      new Promise<string>((resolve, reject) => {
+        const socket = connect({ port: breaker.port, host, localAddress });
+        let text = "";
+        socket
+          .on("data", (chunk) => (text += chunk))
+          .on("end", () => resolve(text))
+          .on("error", reject);
+        socket.end(question);
+      });
+    expect(await from("127.0.0.1", "127.0.0.2", "INFO\n")).toStartWith("{");
+    if (!address) return; // A machine without a network has nobody else to refuse.
+    expect(await from(address, address, "INFO\n")).toStartWith("{");
+    expect(await from(address, "127.0.0.1", "INFO\n").catch(() => "ERR Not Allowed\n")).toBe("ERR Not Allowed\n");
+  });
+});
+
+suite("real clients", () => {
+  const clients: [string, string][] = [
+    ["nc", "printf 'STATUS\\n' | nc 127.0.0.1 PORT"],
+    ["nc", "printf STATUS | nc -N 127.0.0.1 PORT"],
+    ["ncat", "echo status | ncat 127.0.0.1 PORT"],
+    ["socat", "echo STATUS | socat -t 20 - TCP:127.0.0.1:PORT"],
+    ["busybox", "echo STATUS | busybox nc 127.0.0.1 PORT"],
+    ["bash", "exec 3<>/dev/tcp/127.0.0.1/PORT; echo STATUS >&3; cat <&3"],
+  ];
+  for (const [program, command] of clients) {
+    needs(program)(`${command}, also while the first look hangs`, async () => {
+      let release = () => {};
+      using account = startAccount((_, socket) => {
+        release = () => {
+          socket.write(FREE);
+          socket.end();
+        };
+        return null;
+      });
+      await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+      const early = sh(command.replace("PORT", String(breaker.port)));
+      await until(() => account.requests.length === 1);
+      await Bun.sleep(100); // the client has asked and half-closed by now
+      release();
+      expect(await early).toMatchObject({ code: 0, out: "FALSE\n" });
+      expect(await sh(command.replace("PORT", String(breaker.port)))).toMatchObject({ code: 0, out: "FALSE\n" });
+    });
+  }
+});
+
+// ── The key ─────────────────────────────────────────────────────────────────────────────────────
+
+/** A store of `pass` with a real gpg key, in a folder of its own. */
+async function makeStore(passphrase = "") {
+  const home = makeFolder();
+  const env = { GNUPGHOME: join(home, "gnupg"), PASSWORD_STORE_DIR: join(home, "store"), HOME: home };
+  mkdirSync(env.GNUPGHOME, { mode: 0o700 });
+  const gpg = `gpg --batch --quiet --pinentry-mode loopback --passphrase '${passphrase}'`;
+  const made = await sh(
+    `${gpg} --quick-generate-key t@example.com future-default default never && pass init t@example.com`,
+    env,
+  );
+  if (made.code !== 0) throw new Error(made.err);
+  return {
+    env,
+    insert: (name: string, text: string) =>
+      sh(`printf '%s\\n' "$TEXT" | pass insert -m -f '${name}'`, { ...env, TEXT: text }),
+    async [Symbol.asyncDispose]() {
+      await sh("gpgconf --kill all", env);
+    },
+  };
+}
+
+/** A folder with a program called `pass` that does what `body` says. */
+function makePass(body: string): { PATH: string } {
+  const folder = makeFolder();
+  writeFileSync(join(folder, "pass"), `#!/bin/bash\n${body}\n`);
+  chmodSync(join(folder, "pass"), 0o755);
+  return { PATH: `${folder}:${process.env["PATH"]}` };
+}
+
+suite("the key", () => {
+  const noKey = { OPENAI_ADMIN_KEY: "" };
+
+  needs("pass", "gpg")(
+    "comes from real pass with a real gpg key, and appears nowhere but in the request (pass, gpg)",
+    async () => {
+      await using store = await makeStore();
+      await store.insert("team/openai", `${KEY}\nuser: me`);
+      const said = http({ error: { message: `Incorrect API key provided: ${KEY}` } }, { status: 401 });
+      let answer = FREE;
+      using account = startAccount(() => answer);
+      const folder = makeFolder();
+      const hook = `env > ${folder}/env; cat > ${folder}/stdin; sleep 1`;
+      const argv = ["--base-url", account.base, "--source", "costs", "--pass-entry", "team/openai"];
+      argv.push("--interval", "50ms", "--max-age", "1s", "--on-trip", hook);
+      await using breaker = await spawnBreaker(argv, { env: { ...store.env, BUN_CONFIG_VERBOSE_FETCH: "1" } });
+      expect(await breaker.ask("STATUS")).toBe("FALSE");
+      expect(account.requests[0]?.headers.get("authorization")).toBe(`Bearer ${KEY}`);
+      answer = said;
+      await until(() => existsSync(`${folder}/stdin`) && readFileSync(`${folder}/stdin`, "utf8").includes("401"));
+      const everywhere = [
+        breaker.log(),
+        await breaker.ask("INFO"),
+        readFileSync(`${folder}/env`, "utf8"),
+        readFileSync(`${folder}/stdin`, "utf8"),
+      ];
+      for (const name of readdirSync("/proc").filter((entry) => /^\d+$/.test(entry))) {
+        for (const file of ["cmdline", "environ"]) {
+          try {
+            everywhere.push(readFileSync(`/proc/${name}/${file}`, "utf8"));
+          } catch {} // It has ended, or is somebody else's.
+        }
+      }
+      for (const text of everywhere) expect(text.includes(KEY.slice(3))).toBe(false);
+      expect(breaker.log()).toContain("Incorrect API key provided: ***");
+    },
+  );
+
+  needs("pass", "gpg")("is read afresh after a 401 (pass, gpg)", async () => {
+    await using store = await makeStore();
+    await store.insert("OPENAI_API_KEY", "old-key-0123456789");
+    const isRight = (headers: Headers) => headers.get("authorization") === `Bearer ${KEY}`;
+    using account = startAccount(({ headers }) => (isRight(headers) ? FREE : http("", { status: 401 })));
+    const argv = ["--base-url", account.base, "--source", "costs", "--interval", "50ms"];
+    await using breaker = await serve(argv, { env: { ...noKey, ...store.env } });
+    await until(async () => (await breaker.info()).error);
+    await store.insert("OPENAI_API_KEY", KEY);
+    await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+  });
+
+  needs("pass", "gpg")("is missed with a sentence that says what to do (pass, gpg)", async () => {
+    await using store = await makeStore();
+    await store.insert("folder/one", KEY);
+    await store.insert("prose", "two words");
+    const cases: [string, Record<string, string>, string][] = [
+      ["nowhere", store.env, "pass has no entry nowhere; store an admin key with: pass insert nowhere"],
+      ["folder", store.env, "the first line of folder in pass does not look like a key"],
+      ["prose", store.env, "the first line of prose in pass does not look like a key"],
+      ["any", { PATH: makeFolder() }, "pass cannot be started; install it, or set OPENAI_ADMIN_KEY"],
+      ["any", makePass("echo boom >&2; exit 3"), "pass ended with 3, boom"],
+      ["any", { OPENAI_ADMIN_KEY: "two words" }, "OPENAI_ADMIN_KEY does not look like a key"],
+    ];
+    for (const [entry, env, expected] of cases) {
+      const { code, out } = await run(["check", "--pass-entry", entry], { env: { ...noKey, ...env } });
+      expect([code, out]).toEqual([69, expect.stringContaining(`Cannot read the key: ${expected}`)]);
+    }
+  });
+
+  needs("pass", "gpg")("that is locked with no terminal to ask at says how to unlock it (pass, gpg)", async () => {
+    await using store = await makeStore("secret");
+    await store.insert("OPENAI_API_KEY", KEY);
+    await sh("gpgconf --kill gpg-agent", store.env);
+    const { code, out } = await run(["check"], { env: { ...noKey, ...store.env } });
+    expect(code).toBe(69);
+    expect(out).toContain("the gpg key is locked or missing; unlock it in a terminal with: pass show OPENAI_API_KEY");
+  });
+
+  test("a pass that hangs leaves STATUS answering and no process behind", async () => {
+    const folder = makeFolder();
+    const env = makePass(`echo $$ > ${folder}/pid; sleep 600 & echo $! >> ${folder}/pid; wait`);
+    const breaker = await serve(["--timeout", "100ms"], { env: { ...noKey, ...env } });
+    expect(await breaker.ask("STATUS")).toBe("TRUE");
+    const readPids = () =>
+      existsSync(`${folder}/pid`) ? readFileSync(`${folder}/pid`, "utf8").trim().split("\n").map(Number) : [];
+    const pids = await until(() => (readPids().length === 2 ? readPids() : null));
+    expect(pids.map(isRunning)).toEqual([true, true]);
+    await breaker[Symbol.asyncDispose]();
+    await until(() => !pids.some(isRunning));
+  });
+});
+
+/** Whether a process runs; one that has ended and waits for its parent does not. */
+function isRunning(pid: number): boolean {
+  try {
+    return !/\) Z /.test(readFileSync(`/proc/${pid}/stat`, "utf8"));
+  } catch {
+    return false;
+  }
+}
+
+// ── Commands, as processes ──────────────────────────────────────────────────────────────────────
+
+interface Spawn {
+  env?: Record<string, string>;
+  script?: string;
+  cwd?: string;
+  stdin?: string;
+}
+
+/** Runs the script to its end in a process of its own. */
+async function spawnCommand(argv: string[], { env = {}, script = SCRIPT, cwd = makeFolder(), stdin = "" }: Spawn = {}) {
+  const child = Bun.spawn([process.execPath, "--no-env-file", script, ...argv], {
+    cwd,
+    env: { PATH: process.env["PATH"], HOME: process.env["HOME"], ...env },
+    stdin: Buffer.from(stdin),
+    stdout: "pipe",
+    stderr: "pipe",
+  });
+  const [out, err] = await Promise.all([new Response(child.stdout).text(), new Response(child.stderr).text()]);
+  return { code: await child.exited, out, err };
+}
+
+async function findFreePort(): Promise<string> {
+  const listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
+  listener.stop(true);
+  return String(listener.port);
+}
+
+/** Something that listens and says `text` to whatever it is asked. */
+function startLiar(text: string) {
+  const socket = { data: (peer: Bun.Socket) => void peer.end(text) };
+  const listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket });
+  return { port: String(listener.port), [Symbol.dispose]: () => listener.stop(true) };
+}
+
+const withKey = { env: { OPENAI_ADMIN_KEY: KEY } };
+
+suite("commands", () => {
+  test("status prints the answer and exits with it", async () => {
+    let answer = FREE;
+    using account = startAccount(() => answer);
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs", "--interval", "20ms"]);
+    const at = ["--port", String(breaker.port)];
+    expect(await spawnCommand(["status", ...at])).toEqual({ code: 0, out: "FALSE\n", err: "" });
+    answer = CENT;
+    await until(async () => (await breaker.ask("STATUS")) === "TRUE");
+    expect(await run(["status", ...at])).toEqual({ code: 1, out: "TRUE\n", err: "" });
+  });
+
+  test("status with no breaker, or with something else at the port, is 69 and prints nothing", async () => {
+    const port = await findFreePort();
+    const { code, out, err } = await run(["status", "--port", port]);
+    expect([code, out]).toEqual([69, ""]);
+    expect(err).toContain(`No breaker answers at 127.0.0.1:${port}`);
+    using liar = startLiar("+PONG\r\n");
+    const said = await run(["status", "--port", liar.port]);
+    expect([said.code, said.out]).toEqual([69, ""]);
+    expect(said.err).toContain('answers "+PONG"; expected TRUE or FALSE');
+    using mute = startLiar("");
+    expect((await run(["status", "--port", mute.port])).err).toContain("closed without an answer");
+    using endless = startLiar("x".repeat(3_000_000));
+    expect((await run(["status", "--port", endless.port])).code).toBe(69);
+  });
+
+  test("stop ends a breaker, and nothing that is none", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+    const info = await breaker.info();
+    expect(info.pid).toBe(breaker.pid);
+    const bystander = Bun.spawn(["sleep", "60"]);
+    using liar = startLiar(`${JSON.stringify({ ...info, pid: bystander.pid })}\n`);
+    const refused = await run(["stop", "--port", liar.port]);
+    expect([refused.code, refused.err]).toEqual([
+      69,
+      expect.stringContaining(`Process ${bystander.pid} is no breaker`),
+    ]);
+    expect(bystander.exitCode).toBeNull();
+    bystander.kill();
+    expect(await spawnCommand(["stop", "--port", String(breaker.port)])).toMatchObject({ code: 0, out: "" });
+    expect(await breaker.child.exited).toBe(0);
+    const again = await run(["stop", "--port", String(breaker.port)]);
+    expect([again.code, again.err]).toEqual([69, expect.stringContaining("No breaker answers")]);
+  });
+
+  test("stop within this process waits until the breaker is gone", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+    expect(await run(["stop", "--port", String(breaker.port)])).toEqual({ code: 0, out: "", err: "" });
+    expect(isRunning(breaker.pid)).toBe(false);
+  });
+
+  test.each(["SIGTERM", "SIGINT"] as const)("%s ends the server with exit code 0", async (signal) => {
+    using account = startAccount(always(FREE));
+    await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+    const idle = connect({ port: breaker.port, host: "127.0.0.1" });
+    idle.on("error", () => {});
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    breaker.child.kill(signal);
+    expect(await breaker.child.exited).toBe(0);
+  });
+
+  test("a question under way is answered when the server stops", async () => {
+    using account = startAccount(always(null));
+    await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+    const answer = breaker.ask("STATUS");
+    expect(await breaker.ask("HELP")).toStartWith("STATUS"); // asked later, so the first one has arrived
+    breaker.child.kill("SIGTERM");
+    expect(await answer).toBe("TRUE");
+  });
+
+  test("a log on a full disk stops nothing", async () => {
+    using account = startAccount(always(FREE));
+    const port = await findFreePort();
+    const argv = [process.execPath, SCRIPT, "--port", port, "--base-url", account.base, "--source", "costs"];
+    const child = Bun.spawn(["sh", "-c", 'exec "$0" "$@" 2>/dev/full', ...argv], {
+      env: { PATH: process.env["PATH"], HOME: process.env["HOME"], OPENAI_ADMIN_KEY: KEY },
+      cwd: makeFolder(),
+      stdio: ["ignore", "ignore", "ignore"],
+    });
+    const address = { host: "127.0.0.1", port: Number(port), timeoutMs: 2000 };
+    await until(async () => (await ask("STATUS", address).catch(() => "")) === "FALSE");
+    child.kill();
+    expect(await child.exited).toBe(0);
+  });
+
+  test("a verdict that cannot be printed is no success", async () => {
+    using account = startAccount(always(FREE));
+    const command = `"${process.execPath}" "${SCRIPT}" check --base-url ${account.base} --source costs > /dev/full`;
+    const { code, err } = await sh(command, { OPENAI_ADMIN_KEY: KEY });
+    expect([code, err]).toEqual([69, expect.stringContaining("ENOSPC")]);
+  });
+
+  test("check that is interrupted leaves nothing behind", async () => {
+    const folder = makeFolder();
+    const env = { ...makePass(`echo $$ > ${folder}/pid; sleep 600`), HOME: String(process.env["HOME"]) };
+    const child = Bun.spawn([process.execPath, SCRIPT, "check"], {
+      env,
+      cwd: folder,
+      stdio: ["ignore", "ignore", "ignore"],
+    });
+    const pid = Number(await until(() => existsSync(`${folder}/pid`) && readFileSync(`${folder}/pid`, "utf8")));
+    child.kill("SIGINT");
+    expect(await child.exited).toBe(69);
+    await until(() => !isRunning(pid));
+  });
+
+  test("importing the script does nothing", async () => {
+    const command = `"${process.execPath}" -e 'await import("${SCRIPT}"); console.log("imported")'`;
+    expect(await sh(command, { BREAKER_PORT: "nonsense" })).toEqual({ code: 0, out: "imported\n", err: "" });
+  });
+
+  test("a request to loopback goes through no proxy", async () => {
+    using proxy = startAccount(always(FREE));
+    using account = startAccount(always(FREE));
+    const { origin } = new URL(proxy.base);
+    const env = { OPENAI_ADMIN_KEY: KEY, HTTP_PROXY: origin, http_proxy: origin, no_proxy: "example.com" };
+    const { code } = await spawnCommand(["check", "--base-url", account.base, "--source", "costs"], { env });
+    expect([code, proxy.requests.length, account.requests.length]).toEqual([0, 0, 1]);
+  });
+});
+
+// ── The drill, the lone file, the clock ─────────────────────────────────────────────────────────
+
+const FAKETIME = ["x86_64", "aarch64"]
+  .map((machine) => `/usr/lib/${machine}-linux-gnu/faketime/libfaketime.so.1`)
+  .find((path) => existsSync(path));
+
+suite("the drill and the clock", () => {
+  test("the lone file runs in an empty folder, without a network, 40 days on", async () => {
+    const cwd = makeFolder();
+    const script = join(cwd, "breaker.ts");
+    cpSync(SCRIPT, script);
+    // The first run may fetch zod; after it, a proxy that nobody serves stands for a network that is gone.
+    expect(await spawnCommand(["check", "--drill"], { script, cwd })).toMatchObject({ code: 0 });
+    const offline = { HTTP_PROXY: "http://127.0.0.1:1", HTTPS_PROXY: "http://127.0.0.1:1" };
+    expect(await spawnCommand(["check", "--drill"], { script, cwd, env: offline })).toMatchObject({ code: 0 });
+    if (!FAKETIME) return; // CI has it.
+    const later = { LD_PRELOAD: FAKETIME, FAKETIME: "+40d", ...offline };
+    const { code, out } = await spawnCommand(["check", "--drill"], { script, cwd, env: later });
+    expect([code, out]).toEqual([0, expect.stringContaining(formatDay(Date.now() + 40 * DAY))]);
+  });
+
+  test.skipIf(!FAKETIME)(
+    "at midnight UTC a cost of the day before yesterday is gone, one of yesterday stays (faketime)",
+    async () => {
+      const costs = [
+        { day: "2026-03-09", value: 1 },
+        { day: "2026-03-10", value: 0 },
+      ];
+      using account = startAccount(({ query }) => {
+        const buckets = costs.map(({ day, value }) => ({
+          start_time: Date.parse(day) / 1000,
+          results: [{ amount: { value, currency: "usd" } }],
+        }));
+        return http(page(buckets.filter(({ start_time }) => start_time >= Number(query.get("start_time")))));
+      });
+      const clock = join(makeFolder(), "clock");
+      const setClock = (text: string) => writeFileSync(clock, `@${text}\n`);
+      setClock("2026-03-10 23:59:50");
+      await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], {
+        env: {
+          OPENAI_ADMIN_KEY: KEY,
+          TZ: "UTC",
+          LD_PRELOAD: String(FAKETIME),
+          FAKETIME_TIMESTAMP_FILE: clock,
+          FAKETIME_NO_CACHE: "1",
+          FAKETIME_DONT_FAKE_MONOTONIC: "1",
+        },
+      });
+      expect(await breaker.info()).toMatchObject({ open: true, cost: { days: { "2026-03-09": 1, "2026-03-10": 0 } } });
+      setClock("2026-03-11 00:00:10");
+      await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+      costs.push({ day: "2026-03-11", value: 2 });
+      setClock("2026-03-11 23:59:30");
+      await until(async () => (await breaker.ask("STATUS")) === "TRUE");
+      setClock("2026-03-12 00:00:30");
+      await until(async () => (await breaker.info()).cost?.days["2026-03-12"] === 0);
+      expect(await breaker.info()).toMatchObject({ open: true, cost: { days: { "2026-03-11": 2, "2026-03-12": 0 } } });
+      setClock("2026-03-13 00:00:10");
+      await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+    },
+    20_000,
+  );
+});
+
+// ── Hooks ───────────────────────────────────────────────────────────────────────────────────────
+
+suite("hooks", () => {
+  const quick = ["--source", "costs", "--interval", "20ms"];
+
+  test("run in order, one at a time, on every change of the answer", async () => {
+    let answer = CENT;
+    using account = startAccount(() => answer);
+    const file = join(makeFolder(), "log");
+    const slow = `echo begin $BREAKER_OPEN >> ${file}; sleep 0.3; echo end $BREAKER_OPEN >> ${file}`;
+    await using breaker = await serve(["--base-url", account.base, ...quick, "--on-trip", slow, "--on-reset", slow]);
+    await until(async () => (await breaker.ask("STATUS")) === "TRUE");
+    answer = FREE;
+    await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+    await until(() => existsSync(file) && readFileSync(file, "utf8").includes("end FALSE"));
+    expect(readFileSync(file, "utf8")).toBe("begin TRUE\nend TRUE\nbegin FALSE\nend FALSE\n");
+  });
+
+  test("one that fails is logged and changes nothing", async () => {
+    using account = startAccount(always(CENT));
+    await using breaker = await serve(["--base-url", account.base, ...quick, "--on-trip", "echo oops >&2; exit 3"]);
+    await until(() => breaker.logs.some((line) => line.includes("--on-trip: ended with exit code 3")));
+    expect(breaker.logs.some((line) => line.includes("--on-trip: oops"))).toBe(true);
+    expect(await breaker.ask("STATUS")).toBe("TRUE");
+  });
+
+  test("a first answer of FALSE runs none", async () => {
+    using account = startAccount(always(FREE));
+    const file = join(makeFolder(), "reset");
+    await using breaker = await serve(["--base-url", account.base, ...quick, "--on-reset", `touch ${file}`]);
+    await until(() => account.requests.length > 5);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    expect(existsSync(file)).toBe(false);
+  });
+
+  test("one that hangs with a child of its own is killed after 30 s, with its group", async () => {
+    const file = join(makeFolder(), "pids");
+    using account = startAccount(always(CENT));
+    const hook = `echo $$ > ${file}; sleep 600 & echo $! >> ${file}; wait`;
+    await using breaker = await spawnBreaker(["--base-url", account.base, ...quick, "--on-trip", hook], {
+      env: { OPENAI_ADMIN_KEY: KEY },
+    });
+    const readPids = () => (existsSync(file) ? readFileSync(file, "utf8").trim().split("\n").map(Number) : []);
+    const pids = await until(() => (readPids().length === 2 ? readPids() : null));
+    expect(pids.map(isRunning)).toEqual([true, true]);
+    breaker.child.kill("SIGTERM"); // the end of the breaker kills the group as the 30 s do
+    await until(() => !pids.some(isRunning));
+  });
+});
+
+// ── exec ────────────────────────────────────────────────────────────────────────────────────────
+
+/** An account whose answer the test sets, and a breaker that looks at it every 50 ms. */
+async function startGuarded(first: string) {
+  const state = { answer: first };
+  const account = startAccount(() => state.answer);
+  const breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs", "--interval", "50ms"], withKey);
+  return {
+    state,
+    breaker,
+    at: ["--port", String(breaker.port)],
+    async [Symbol.asyncDispose]() {
+      await breaker[Symbol.asyncDispose]();
+      account[Symbol.dispose]();
+    },
+  };
+}
+
+function spawnExec(argv: string[], env: Record<string, string> = {}) {
+  return Bun.spawn([process.execPath, SCRIPT, "exec", ...argv], {
+    cwd: makeFolder(),
+    env: { PATH: process.env["PATH"], HOME: process.env["HOME"], ...env },
+    stdin: "ignore",
+    stdout: "pipe",
+    stderr: "pipe",
+  });
+}
+
+suite("exec", () => {
+  test("ends with the exit code of its command", async () => {
+    await using guarded = await startGuarded(FREE);
+    const cases: [string[], number][] = [
+      [["sh", "-c", "exit 7"], 7],
+      [["true"], 0],
+      [["sh", "-c", "kill -TERM $$"], 143],
+      [["no-such-program-anywhere"], 127],
+      [["/"], 126],
+    ];
+    for (const [argv, code] of cases) expect((await run(["exec", ...guarded.at, "--", ...argv])).code).toBe(code);
+  });
+
+  test("refuses with the reason when the breaker is open, and without a breaker", async () => {
+    await using guarded = await startGuarded(CENT);
+    const file = join(makeFolder(), "ran");
+    const refused = await run(["exec", ...guarded.at, "--", "touch", file]);
+    expect([refused.code, refused.err]).toEqual([
+      75,
+      expect.stringContaining(`touch was not started: 0.01 usd on ${today()}`),
+    ]);
+    expect((await run(["exec", "--port", await findFreePort(), "--", "touch", file])).code).toBe(69);
+    expect(existsSync(file)).toBe(false);
+  });
+
+  test("stops its command when the breaker opens", async () => {
+    await using guarded = await startGuarded(FREE);
+    const running = run(["exec", ...guarded.at, "--", "sh", "-c", "sleep 60 & wait"]);
+    guarded.state.answer = CENT;
+    const { code, err } = await running;
+    expect([code, err]).toEqual([75, expect.stringContaining("stopping sh: 0.01 usd")]);
+  });
+
+  test("hides the key from its command", async () => {
+    await using guarded = await startGuarded(FREE);
+    const child = spawnExec([...guarded.at, "--", "env"], { OPENAI_ADMIN_KEY: KEY, COPY: KEY, KEPT: "yes" });
+    const out = await new Response(child.stdout).text();
+    expect([out.includes(KEY), out.includes("OPENAI_ADMIN_KEY"), out.includes("KEPT=yes")]).toEqual([
+      false,
+      false,
+      true,
+    ]);
+  });
+
+  test.each(["SIGINT", "SIGTERM", "SIGHUP"] as const)("passes %s on and ends after its command", async (signal) => {
+    await using guarded = await startGuarded(FREE);
+    const name = signal.slice(3);
+    const child = spawnExec([
+      ...guarded.at,
+      "--",
+      "bash",
+      "-c",
+      `trap 'sleep 0.3; echo got ${name}; exit 9' ${name}; echo ready; while :; do sleep 0.05; done`,
+    ]);
+    const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
+    expect((await reader.read()).value).toBe("ready\n");
+    child.kill(signal);
+    expect((await reader.read()).value).toBe(`got ${name}\n`);
+    expect(await child.exited).toBe(9);
+  });
+
+  needs("script")(
+    "leaves the terminal to its command, which gets one SIGINT of it (script)",
+    async () => {
+      await using guarded = await startGuarded(FREE);
+      const inner =
+        "n=0; trap 'n=$((n+1))' INT; test -t 0 && echo tty; read -r line; echo got:$line; sleep 1; echo ints:$n";
+      const file = join(makeFolder(), "inner.sh");
+      writeFileSync(file, inner);
+      const command = `${process.execPath} ${SCRIPT} exec ${guarded.at.join(" ")} -- bash ${file}`;
+      const child = Bun.spawn(["script", "-qec", command, "/dev/null"], {
+        stdin: "pipe",
+        stdout: "pipe",
+        stderr: "ignore",
+        env: { ...process.env, SHELL: "/bin/sh" },
+      });
+      let out = "";
+      const reading = (async () => {
+        for await (const chunk of child.stdout.pipeThrough(new TextDecoderStream())) out += chunk;
+      })();
+      await until(() => out.includes("tty"));
+      child.stdin.write("hello\n");
+      child.stdin.flush();
+      await until(() => out.includes("got:hello"));
+      child.stdin.write("\x03");
+      child.stdin.flush();
+      await until(() => out.includes("ints:"));
+      expect(out).toContain("ints:1");
+      child.stdin.end();
+      await Promise.all([child.exited, reading]);
+    },
+    15_000,
+  );
+});
+
+// ── MCP ─────────────────────────────────────────────────────────────────────────────────────────
+
+const META = "io.modelcontextprotocol/";
+const modern = (version: unknown = "2026-07-28") => ({
+  [`${META}protocolVersion`]: version,
+  [`${META}clientCapabilities`]: {},
+});
+const request = (id: unknown, method: string, params?: unknown) =>
+  JSON.stringify({ jsonrpc: "2.0", id, method, params });
+const serverInfo = { name: "breaker", version: VERSION };
+
+interface Answer {
+  id?: unknown;
+  result?: Record<string, unknown>;
+  error?: { code: number; message: string; data?: unknown };
+  method?: string;
+  params?: unknown;
+}
+
+suite("MCP", () => {
+  /** Requests of all revisions, and what their answers hold; null for none. */
+  const messages: [string, string, unknown][] = [
+    [
+      "initialize 2025-11-25",
+      request(0, "initialize", {
+        protocolVersion: "2025-11-25",
+        capabilities: {},
+        clientInfo: { name: "x", version: "1" },
+      }),
+      {
+        id: 0,
+        result: {
+          protocolVersion: "2025-11-25",
+          capabilities: { tools: {} },
+          serverInfo,
+          instructions: expect.any(String),
+        },
+      },
+    ],
+    [
+      "initialize 2025-06-18",
+      request("a", "initialize", { protocolVersion: "2025-06-18" }),
+      { id: "a", result: { protocolVersion: "2025-06-18" } },
+    ],
+    [
+      "initialize with an unknown version",
+      request(1, "initialize", { protocolVersion: "1999-01-01" }),
+      { id: 1, result: { protocolVersion: "2025-11-25" } },
+    ],
+    [
+      "initialize with the version that has no handshake",
+      request(1, "initialize", { protocolVersion: "2026-07-28" }),
+      { id: 1, result: { protocolVersion: "2025-11-25" } },
+    ],
+    ["initialize without a version", request(1, "initialize", {}), { id: 1, error: { code: -32602 } }],
+    ["ping", request(2, "ping"), { id: 2, result: {} }],
+    [
+      "tools/list",
+      request(3, "tools/list", { _meta: { progressToken: 0 } }),
+      {
+        id: 3,
+        result: {
+          tools: [
+            {
+              name: "breaker_status",
+              title: expect.any(String),
+              description: expect.stringContaining("stop spending"),
+              inputSchema: { type: "object", additionalProperties: false },
+              outputSchema: { type: "object" },
+              annotations: { readOnlyHint: true, openWorldHint: false },
+            },
+          ],
+        },
+      },
+    ],
+    ["tools/list with a cursor", request(3, "tools/list", { cursor: "x" }), { id: 3, error: { code: -32602 } }],
+    [
+      "tools/call",
+      request("x-1", "tools/call", { name: "breaker_status", arguments: { any: 1 } }),
+      { id: "x-1", result: { content: [{ type: "text" }], structuredContent: { open: false, reason: "none" } } },
+    ],
+    ["tools/call without a name", request(4, "tools/call", {}), { id: 4, error: { code: -32602 } }],
+    ["tools/call without params", request(4, "tools/call"), { id: 4, error: { code: -32602 } }],
+    ["tools/call of an unknown tool", request(4, "tools/call", { name: "x" }), { id: 4, error: { code: -32602 } }],
+    ["an unknown method", request(5, "resources/list"), { id: 5, error: { code: -32601 } }],
+    ["a method that is inherited", request(5, "__proto__"), { id: 5, error: { code: -32601 } }],
+    ["server/discover without _meta", request(6, "server/discover"), { id: 6, error: { code: -32602 } }],
+    ["subscriptions/listen without _meta", request(6, "subscriptions/listen", {}), { id: 6, error: { code: -32601 } }],
+    ["params that are a list", request(6, "ping", []), { id: 6, error: { code: -32602 } }],
+    ["_meta that is a string", request(6, "ping", { _meta: "x" }), { id: 6, error: { code: -32602 } }],
+    [
+      "server/discover",
+      request("p1", "server/discover", { _meta: { ...modern(), [`${META}clientInfo`]: { name: "x", version: "1" } } }),
+      {
+        id: "p1",
+        result: {
+          resultType: "complete",
+          supportedVersions: ["2026-07-28"],
+          capabilities: { tools: {} },
+          instructions: expect.any(String),
+          ttlMs: 3_600_000,
+          cacheScope: "public",
+          _meta: { [`${META}serverInfo`]: serverInfo },
+        },
+      },
+    ],
+    [
+      "modern tools/list",
+      request(7, "tools/list", { _meta: modern() }),
+      {
+        id: 7,
+        result: { resultType: "complete", ttlMs: 3_600_000, cacheScope: "public", tools: [{ name: "breaker_status" }] },
+      },
+    ],
+    [
+      "modern tools/call",
+      request(8, "tools/call", { name: "breaker_status", _meta: modern() }),
+      {
+        id: 8,
+        result: {
+          resultType: "complete",
+          structuredContent: { open: false },
+          _meta: { [`${META}serverInfo`]: serverInfo },
+        },
+      },
+    ],
+    ["modern ping", request(9, "ping", { _meta: modern() }), { id: 9, error: { code: -32601 } }],
+    [
+      "modern initialize",
+      request(9, "initialize", { _meta: modern(), protocolVersion: "2026-07-28" }),
+      { id: 9, error: { code: -32601 } },
+    ],
+    [
+      "a modern method with the word of the other era",
+      request(9, "handshake ping", { _meta: modern() }),
+      { id: 9, error: { code: -32601 } },
+    ],
+    [
+      "an unsupported version",
+      request(10, "tools/list", { _meta: modern("2099-01-01") }),
+      { id: 10, error: { code: -32022, data: { supported: ["2026-07-28"], requested: "2099-01-01" } } },
+    ],
+    [
+      "an unsupported version of an unknown method",
+      request(10, "x", { _meta: modern("2025-11-25") }),
+      { id: 10, error: { code: -32022 } },
+    ],
+    [
+      "a version that is no string",
+      request(10, "tools/list", { _meta: modern(1) }),
+      { id: 10, error: { code: -32602 } },
+    ],
+    [
+      "no capabilities",
+      request(10, "tools/list", { _meta: { [`${META}protocolVersion`]: "2026-07-28" } }),
+      { id: 10, error: { code: -32602 } },
+    ],
+    [
+      "capabilities without a version",
+      request(10, "tools/list", { _meta: { [`${META}clientCapabilities`]: {} } }),
+      { id: 10, error: { code: -32602 } },
+    ],
+    [
+      "subscriptions/listen",
+      request(11, "subscriptions/listen", { _meta: modern(), notifications: { toolsListChanged: true } }),
+      {
+        method: "notifications/subscriptions/acknowledged",
+        params: { _meta: { [`${META}subscriptionId`]: 11 }, notifications: {} },
+      },
+    ],
+    [
+      "subscriptions/listen without notifications",
+      request(11, "subscriptions/listen", { _meta: modern() }),
+      { id: 11, error: { code: -32602 } },
+    ],
+    ["an id that is null", request(null, "ping"), { error: { code: -32600 } }],
+    ["an id that is fractional", request(1.5, "ping"), { error: { code: -32600 } }],
+    [
+      "an id beyond all integers",
+      '{"jsonrpc":"2.0","id":9007199254740993,"method":"ping"}',
+      { error: { code: -32600 } },
+    ],
+    ["an id and no method", '{"jsonrpc":"2.0","id":12}', { id: 12, error: { code: -32600 } }],
+    ["another JSON-RPC", '{"jsonrpc":"1.0","id":12,"method":"ping"}', { id: 12, error: { code: -32600 } }],
+    ["a batch", `[${request(1, "ping")}]`, { error: { code: -32600 } }],
+    ["bad JSON", "{", { error: { code: -32700 } }],
+    ["no JSON", "STATUS", { error: { code: -32700 } }],
+    ["a notification", '{"jsonrpc":"2.0","method":"notifications/initialized"}', null],
+    ["an unknown notification", '{"jsonrpc":"2.0","method":"nonsense","params":[1]}', null],
+    [
+      "a tool called as a notification",
+      '{"jsonrpc":"2.0","method":"tools/call","params":{"name":"breaker_status"}}',
+      null,
+    ],
+    [
+      "a cancellation of nothing",
+      '{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":77}}',
+      null,
+    ],
+    ["an answer", '{"jsonrpc":"2.0","id":1,"result":{}}', null],
+    ["a blank line", "  ", null],
+  ];
+  const expected = messages.flatMap(([, , answer]) => (answer === null ? [] : [answer]));
+  const parse = (text: string): Answer[] =>
+    text
+      .trimEnd()
+      .split("\n")
+      .map((line) => JSON.parse(line));
+
+  test("answers every message over TCP, all eras on one connection, in any pieces", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+    await breaker.ask("STATUS");
+    const first = request(0, "ping");
+    const all = [first, ...messages.map(([, message]) => message)];
+    const whole = Buffer.from(`${all.join("\r\n")}\n`);
+    const pieces = Array.from({ length: Math.ceil(whole.length / 97) }, (_, i) => whole.subarray(i * 97, i * 97 + 97));
+    for (const sent of [[whole], pieces]) {
+      const answers = parse(await talk(breaker.port, sent));
+      expect(answers).toMatchObject([{ id: 0, result: {} }, ...expected]);
+      expect(answers).toHaveLength(expected.length + 1);
+    }
+  });
+
+  test("answers every message over stdio, and ends with the input", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+    const stdin = messages.map(([, message]) => `${message}\n`).join("");
+    const byId = (answers: unknown[]) => answers.map((answer) => JSON.stringify(answer)).sort();
+    for (const start of [run, spawnCommand]) {
+      const { code, out } = await start(["mcp", "--port", String(breaker.port)], { stdin });
+      expect(code).toBe(0);
+      const answers = parse(out);
+      expect(answers).toHaveLength(expected.length);
+      const calls = (one: unknown) => JSON.stringify(one).includes("structuredContent");
+      expect(answers.filter((one) => !calls(one))).toMatchObject(expected.filter((one) => !calls(one)));
+      expect(
+        answers
+          .filter(calls)
+          .map(({ id }) => id)
+          .sort(),
+      ).toEqual([8, "x-1"].sort());
+      expect(byId(answers).length).toBe(expected.length);
+    }
+  });
+
+  test("the structured result is INFO without the pid, mirrored as text", async () => {
+    using account = startAccount(always(CENT));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+    const { pid, ageSeconds, ...info } = await breaker.info();
+    const [answer] = parse(await talk(breaker.port, [request(1, "tools/call", { name: "breaker_status" })]));
+    const { structuredContent, content } = answer?.result ?? {};
+    expect(structuredContent).toMatchObject(info);
+    expect(structuredContent).not.toHaveProperty("pid");
+    expect(content).toEqual([{ type: "text", text: JSON.stringify(structuredContent) }]);
+    expect([pid, ageSeconds]).toEqual([process.pid, 0]);
+  });
+
+  test("a multibyte character cut in two survives", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+    const bytes = Buffer.from(`${request("é😀", "ping")}\n`);
+    const answers = parse(
+      await talk(
+        breaker.port,
+        Array.from(bytes, (byte) => Uint8Array.of(byte)),
+      ),
+    );
+    expect(answers).toMatchObject([{ id: "é😀", result: {} }]);
+  });
+
+  test("a call waits for the first look, others do not, and a cancelled one gets no answer", async () => {
+    let release = () => {};
+    using account = startAccount((_, socket) => {
+      release = () => {
+        socket.write(FREE);
+        socket.end();
+      };
+      return null;
+    });
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+    const call = (id: number) => request(id, "tools/call", { name: "breaker_status" });
+    const cancel = '{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":2}}';
+    const talking = talk(breaker.port, [`${call(1)}\n${call(2)}\n${cancel}\n${request(3, "ping")}\n`]);
+    await until(() => account.requests.length === 1);
+    release();
+    expect(parse(await talking)).toMatchObject([
+      { id: 3, result: {} },
+      { id: 1, result: { structuredContent: { open: false } } },
+    ]);
+  });
+
+  test("a line over 64 KiB ends the connection with one error, after the answers before it", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+    const long = `{${"x".repeat(65_600)}`;
+    const text = await talk(breaker.port, [`${request(1, "ping")}\n${long}\n${request(2, "ping")}\n`]);
+    expect(text).toBe('{"jsonrpc":"2.0","id":1,"result":{}}\nERR Line Too Long\n');
+    const { code, out } = await run(["mcp"], { stdin: `${request(1, "ping")}\n${long}` });
+    expect(code).toBe(0);
+    expect(parse(out)).toMatchObject([{ id: 1, result: {} }, { error: { code: -32600 } }]);
+  });
+
+  test("with no breaker the tool says open, unknown and why", async () => {
+    const stdin = `${request(1, "tools/call", { name: "breaker_status" })}\n`;
+    const { code, out } = await run(["mcp", "--when-unknown", "false", "--port", await findFreePort()], { stdin });
+    expect(code).toBe(0);
+    expect(parse(out)).toMatchObject([
+      {
+        id: 1,
+        result: {
+          structuredContent: { open: true, reason: "unknown", message: expect.stringContaining("No breaker answers") },
+        },
+      },
+    ]);
+  });
+
+  test("a client that does not read is not read from, and its answers arrive when it does", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
+    await breaker.ask("STATUS");
+    const count = 20_000;
+    const socket = connect({ port: breaker.port, host: "127.0.0.1", allowHalfOpen: true });
+    socket.pause();
+    socket.write(
+      Array.from({ length: count }, (_, id) => `${request(id, "tools/call", { name: "breaker_status" })}\n`).join(""),
+    );
+    socket.end();
+    await until(() => socket.bytesWritten > 0);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    let lines = 0;
+    const ended = Promise.withResolvers<void>();
+    socket.on("data", (chunk) => (lines += String(chunk).split("\n").length - 1)).on("end", () => ended.resolve());
+    socket.resume();
+    await ended.promise;
+    socket.destroy();
+    expect(lines).toBe(count);
+  });
+});
+
+// ── The README ──────────────────────────────────────────────────────────────────────────────────
+
+suite("the README", () => {
+  const readme = join(import.meta.dir, "README.md");
+
+  needs("nc", "timeout")(
+    "shows a gate for agents: exit 2 with a reason when open or unknown, silence when closed (nc)",
+    async () => {
+      const script = /```sh\n(#!\/bin\/sh\n[^`]*nc -N[^`]*)```/.exec(readFileSync(readme, "utf8"))?.[1] ?? "";
+      expect(script).toContain("5555");
+      let answer = FREE;
+      using account = startAccount(() => answer);
+      await using breaker = await serve(["--base-url", account.base, "--source", "costs", "--interval", "20ms"]);
+      const gate = join(makeFolder(), "gate.sh");
+      writeFileSync(gate, script.replaceAll("5555", String(breaker.port)));
+      chmodSync(gate, 0o755);
+      expect(await sh(gate)).toEqual({ code: 0, out: "", err: "" });
+      answer = CENT;
+      await until(async () => (await breaker.ask("STATUS")) === "TRUE");
+      expect(await sh(gate)).toEqual({ code: 2, out: "", err: expect.stringMatching(/\w/) });
+      writeFileSync(gate, script.replaceAll("5555", await findFreePort()));
+      expect(await sh(gate)).toEqual({ code: 2, out: "", err: expect.stringMatching(/\w/) });
+    },
+  );
+
+  test("names every option, and nothing that is none", () => {
+    const text = readFileSync(readme, "utf8");
+    for (const name of formatHelp().match(/--[a-z][a-z-]+/g) ?? []) expect(text).toContain(name);
+  });
+});
+
+// ── What takes its time ─────────────────────────────────────────────────────────────────────────
+// These wait for the limits of 10 s; they run at the same time, each with processes of its own.
+
+suite("slowly", () => {
+  test.concurrent(
+    "a client that never closes is cut off after its answer",
+    async () => {
+      using account = startAccount(always(FREE));
+      await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+      const closed = Promise.withResolvers<number>();
+      const startMs = performance.now();
+      const socket = connect({ port: breaker.port, host: "127.0.0.1", allowHalfOpen: true });
+      socket
+        .on("data", () => {})
+        .on("error", () => {})
+        .on("close", () => closed.resolve(performance.now() - startMs));
+      socket.write("STATUS\n");
+      const silent = connect({ port: breaker.port, host: "127.0.0.1" });
+      const cut = Promise.withResolvers<string>();
+      let text = "";
+      silent
+        .on("data", (chunk) => (text += chunk))
+        .on("error", () => {})
+        .on("close", () => cut.resolve(text));
+      expect(await closed.promise).toBeGreaterThan(9000);
+      expect(await cut.promise).toBe("");
+    },
+    15_000,
+  );
+
+  test.concurrent(
+    "the drill trips after 10 s and fires the hook once, with the variables and INFO",
+    async () => {
+      const folder = makeFolder();
+      const line = '"$BREAKER_OPEN $BREAKER_REASON $BREAKER_COST $BREAKER_MESSAGE"';
+      const hook = `echo ${line} >> ${folder}/fired; cat >> ${folder}/info; echo hello from the hook`;
+      const argv = ["--drill", "--on-trip", hook, "--on-reset", `touch ${folder}/reset`];
+      await using breaker = await spawnBreaker(argv, withKey);
+      expect(await breaker.ask("STATUS")).toBe("FALSE");
+      await until(async () => (await breaker.ask("STATUS")) === "TRUE", 14_000);
+      await until(() => breaker.log().includes("--on-trip: hello from the hook"));
+      const { asOf } = await breaker.info();
+      await until(async () => (await breaker.info()).asOf !== asOf); // another look
+      expect(readFileSync(`${folder}/fired`, "utf8")).toBe(`TRUE cost 0.01 0.01 usd on ${today()} (UTC)\n`);
+      expect(JSON.parse(readFileSync(`${folder}/info`, "utf8"))).toMatchObject({
+        open: true,
+        reason: "cost",
+        source: "drill",
+      });
+      expect(existsSync(`${folder}/reset`)).toBe(false);
+      expect(breaker.log()).toContain("looks at drill");
+    },
+    20_000,
+  );
+
+  test.concurrent(
+    "stops its command and what descends from it within 3 s of a trip",
+    async () => {
+      await using guarded = await startGuarded(FREE);
+      const file = join(makeFolder(), "pids");
+      // The second sleep loses its parent and leaves the group before the trip.
+      const command = `sleep 60 & echo $! > ${file}; (setsid sleep 60 & echo $! >> ${file}; sleep 2.5) & wait`;
+      const child = spawnExec([...guarded.at, "--", "bash", "-c", command]);
+      const pids = await until(() => {
+        const lines = existsSync(file) ? readFileSync(file, "utf8").trim().split("\n") : [];
+        return lines.length === 2 ? lines.map(Number) : null;
+      });
+      await Bun.sleep(3200); // the guard has seen the family, and the middle one has ended
+      guarded.state.answer = CENT;
+      await until(async () => (await guarded.breaker.ask("STATUS")) === "TRUE");
+      const startMs = performance.now();
+      expect(await child.exited).toBe(75);
+      expect(performance.now() - startMs).toBeLessThan(3000);
+      await until(() => !pids.some(isRunning), 1000);
+      expect(await new Response(child.stderr).text()).toContain("the breaker is open, stopping bash: 0.01 usd");
+    },
+    15_000,
+  );
+
+  test.concurrent(
+    "kills a command that ignores SIGTERM 10 s later, and calls a breaker that went away open after 10 s",
+    async () => {
+      await using guarded = await startGuarded(FREE);
+      const stubborn = spawnExec([...guarded.at, "--", "sh", "-c", 'trap "" TERM; echo ready; sleep 60']);
+      let orphan: ReturnType<typeof spawnExec>;
+      {
+        using account = startAccount(always(FREE));
+        await using leaving = await spawnBreaker(["--base-url", account.base, "--source", "costs"], {
+          env: { OPENAI_ADMIN_KEY: KEY },
+        });
+        orphan = spawnExec(["--port", String(leaving.port), "--", "sh", "-c", "echo ready; exec sleep 60"]);
+        for (const child of [stubborn, orphan])
+          expect(new TextDecoder().decode((await child.stdout.getReader().read()).value)).toBe("ready\n");
+        guarded.state.answer = CENT;
+        await until(async () => (await guarded.breaker.ask("STATUS")) === "TRUE");
+      }
+      const startMs = performance.now();
+      const timed = async (child: typeof orphan) => [
+        await child.exited,
+        Math.round((performance.now() - startMs) / 1000),
+      ];
+      const [[stubbornCode, stubbornSeconds], [orphanCode, orphanSeconds]] = await Promise.all([
+        timed(stubborn),
+        timed(orphan),
+      ]);
+      expect([stubbornCode, orphanCode]).toEqual([75, 75]);
+      expect(stubbornSeconds).toBeWithin(9, 15);
+      expect(orphanSeconds).toBeWithin(9, 15);
+      expect(await new Response(orphan.stderr).text()).toContain("No breaker answers");
+    },
+    25_000,
+  );
+});
