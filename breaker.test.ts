@@ -26,6 +26,8 @@ import {
   bookEntries,
   computeBackoff,
   CostRowSchema,
+  createKeySource,
+  createLook,
   decide,
   describe as describeInfo,
   findQuestion,
@@ -45,11 +47,14 @@ import {
   readPage,
   type Reading,
   redact,
+  startServer,
+  startWatch,
   takeLine,
   UNSEEN,
   UsageRowSchema,
   UsageError,
   VERSION,
+  type World,
 } from "./breaker.ts";
 
 // ── Helpers ─────────────────────────────────────────────────────────────────────────────────────
@@ -1774,6 +1779,11 @@ const FAKETIME = ["x86_64", "aarch64"]
   .find((path) => existsSync(path));
 
 suite("the drill and the clock", () => {
+  test("check looks at the drill's account once, tokens too", async () => {
+    const { code, out } = await run(["check", "--drill", "--allowance", "drill=120"]);
+    expect([code, out]).toEqual([1, expect.stringContaining("open: 120 of 120 tokens of drill used")]);
+  });
+
   test("the lone file runs in an empty folder, without a network, 40 days on", async () => {
     const cwd = makeFolder();
     const script = join(cwd, "breaker.ts");
@@ -2380,6 +2390,43 @@ suite("the README", () => {
 
 suite("slowly", () => {
   test.concurrent(
+    "100,000 STATUS later memory and file descriptors are back where they were",
+    async () => {
+      using account = startAccount(always(FREE));
+      await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+      const measure = () => ({
+        files: readdirSync(`/proc/${breaker.pid}/fd`).length,
+        kib: Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${breaker.pid}/status`, "utf8"))?.[1]),
+      });
+      let left = 0;
+      let wrong = 0;
+      const askMany = async () => {
+        while (left-- > 0) {
+          const answered = Promise.withResolvers<void>();
+          const socket = {
+            open: (peer: Bun.Socket) => void peer.write("STATUS\n"),
+            data: (_: Bun.Socket, chunk: Buffer) => void (wrong += String(chunk) === "FALSE\n" ? 0 : 1),
+            close: () => answered.resolve(),
+          };
+          await Bun.connect({ hostname: "127.0.0.1", port: breaker.port, socket });
+          await answered.promise;
+        }
+      };
+      const askAll = (count: number) => {
+        left = count;
+        return Promise.all(Array.from({ length: 50 }, askMany));
+      };
+      await askAll(5000); // to warm up
+      const before = measure();
+      await askAll(100_000);
+      expect(wrong).toBe(0);
+      await until(() => measure().files <= before.files);
+      await until(() => measure().kib <= before.kib + 16 * 1024, 20_000);
+    },
+    60_000,
+  );
+
+  test.concurrent(
     "a client that never closes is cut off after its answer",
     async () => {
       using account = startAccount(always(FREE));
@@ -2486,5 +2533,239 @@ suite("slowly", () => {
       expect(await new Response(orphan.stderr).text()).toContain("No breaker answers");
     },
     25_000,
+  );
+});
+
+// ── The siege ───────────────────────────────────────────────────────────────────────────────────
+// An account that misbehaves at random, clients that send noise, and days that pass within seconds.
+// A model that knows what was served says when FALSE may be said; it shares no code with the breaker.
+
+/** What the account has served to one look. */
+interface Served {
+  beganMs: number;
+  /** Whether the breaker can have seen everything. */
+  complete: boolean;
+  /** What it must have seen, by UTC day. */
+  costs: Map<string, number>;
+  tokens: Map<string, number>;
+}
+
+/** xorshift32: the same numbers for the same seed. */
+function createRandom(seed: number) {
+  let state = Math.imul(seed, 2654435761) || 1;
+  const next = () => {
+    state ^= state << 13;
+    state ^= state >>> 17;
+    state ^= state << 5;
+    return (state >>> 0) / 2 ** 32;
+  };
+  return {
+    below: (limit: number) => Math.floor(next() * limit),
+    chance: (share: number) => next() < share,
+  };
+}
+
+async function besiege({ seed, steps, allowance }: { seed: number; steps: number; allowance: number | null }) {
+  const { below, chance } = createRandom(seed);
+  const pick = <T>(first: T, ...others: T[]): T => others[below(others.length + 1) - 1] ?? first;
+  const dayOf = (ms: number) => new Date(ms).toISOString().slice(0, 10);
+  let nowMs = Date.parse("2026-01-30T12:00:00Z");
+  const spent = new Map<string, number>();
+  const used = new Map<string, number>();
+  const add = (ledger: Map<string, number>, amount: number) =>
+    ledger.set(dayOf(nowMs), (ledger.get(dayOf(nowMs)) ?? 0) + amount);
+  const looks: Served[] = [];
+  let current: Served = { beganMs: 0, complete: false, costs: new Map(), tokens: new Map() };
+  const done = new Set<string>();
+
+  /** One answer of the account: mostly honest, else broken in one of many ways. */
+  const respond: Respond = ({ path, query }, socket) => {
+    const isCosts = path === COSTS;
+    const firstMs = Number(query.get("start_time")) * 1000;
+    const days = [...(isCosts ? spent : used)]
+      .filter(([day]) => Date.parse(day) >= firstMs && Date.parse(day) <= nowMs)
+      .sort();
+    const at = Number(query.get("page") ?? 0);
+    const size = pick(1, 2, 31);
+    const shown = days.slice(at, at + size);
+    const more = at + size < days.length;
+    const buckets: unknown[] = shown.map(([day, amount]) => ({
+      start_time: Date.parse(day) / 1000,
+      results: [
+        isCosts
+          ? { amount: { value: chance(0.5) ? amount : amount.toFixed(12), currency: "usd" } }
+          : { input_tokens: amount, output_tokens: 0, model: "m" },
+      ],
+    }));
+    const answer = page(buckets, more ? String(at + size) : null);
+    /** Notes what the breaker can read of an answer: nothing, its rows, or also that they are all. */
+    const serve = (what: "nothing" | "rows" | "all", text: string) => {
+      const seen = isCosts ? current.costs : current.tokens;
+      if (what !== "nothing") for (const [day, amount] of shown) seen.set(day, amount);
+      if (what === "all" && !more) done.add(path);
+      current.complete = done.size === (allowance === null ? 1 : 2);
+      return text;
+    };
+    const dated = { headers: { Date: new Date(nowMs).toUTCString() } };
+    if (chance(0.6)) return serve("all", http(answer, dated));
+    switch (below(14)) {
+      case 0:
+        return serve("nothing", http({ error: "x" }, { status: pick(400, 401, 403, 404, 429, 500, 503) }));
+      case 1:
+        return serve("nothing", http(answer, { status: pick(201, 302, 500) }));
+      case 2:
+        return serve("nothing", http({ ...answer, error: { message: "x" } }));
+      case 3:
+        return serve("nothing", http(JSON.stringify(answer).slice(0, -1 - below(20))));
+      case 4:
+        return serve("nothing", http(answer).slice(0, -3));
+      case 5:
+        return serve(
+          "nothing",
+          http(answer, { headers: { Date: new Date(nowMs + pick(-1, 1) * 3_600_000).toUTCString() } }),
+        );
+      case 6:
+        return serve("rows", http({ ...answer, data: [{ start_time: firstMs / 1000, results: [{}] }, ...buckets] }));
+      case 7:
+        return serve("rows", http({ ...answer, has_more: true, next_page: pick("", null) }));
+      case 8:
+        return serve("rows", http({ ...answer, has_more: undefined }));
+      case 9:
+        return serve("rows", http({ ...answer, object: "list" }));
+      case 10:
+        socket.terminate();
+        return serve("nothing", "");
+      case 11:
+        return serve("nothing", chance(0.9) ? http("<html>") : http(" ".repeat(2 ** 20 + 1)));
+      case 12:
+        return chance(0.1) ? null : serve("nothing", "");
+      default: {
+        const late = serve("all", http(answer, dated));
+        setTimeout(() => {
+          socket.write(late);
+          socket.end();
+        }, below(8));
+        return null;
+      }
+    }
+  };
+
+  /** Whether FALSE may be said now, from nothing but what was served. */
+  function mayBeFalse(): boolean {
+    const good = looks.findLastIndex(({ complete }) => complete);
+    const beganMs = looks[good]?.beganMs ?? -Infinity;
+    if (Math.abs(nowMs - beganMs) > 600_000) return false;
+    const yesterday = dayOf(nowMs - DAY);
+    return looks.slice(good).every(({ costs, tokens }) => {
+      const costly = [...costs].some(([day, amount]) => day >= yesterday && amount > 0);
+      return !costly && (allowance === null || (tokens.get(dayOf(nowMs)) ?? 0) < allowance);
+    });
+  }
+
+  using account = startAccount(respond);
+  const stop = new AbortController();
+  const argv = ["--host", "127.0.0.1", "--port", "0", "--base-url", account.base, "--source", "costs"];
+  argv.push("--timeout", "250ms", "--interval", "24h");
+  if (allowance !== null) argv.push("--allowance", `*=${allowance}`);
+  const world: World = {
+    env: { OPENAI_ADMIN_KEY: KEY },
+    now: () => nowMs,
+    stdin: new Blob([]).stream(),
+    print: () => {},
+    log: () => {},
+    coloured: false,
+    options: optionsOf(...argv),
+    signal: stop.signal,
+  };
+  const lookForReal = createLook(world, createKeySource(world));
+  let lookEnded = Promise.withResolvers<void>();
+  const watch = startWatch(world, {
+    async look(onSeen) {
+      done.clear();
+      const mine: Served = { beganMs: nowMs, complete: false, costs: new Map(), tokens: new Map() };
+      current = mine;
+      const found = await lookForReal(onSeen);
+      looks.push(mine);
+      lookEnded.resolve();
+      return found;
+    },
+    onAnswer: () => {},
+  });
+  const violations: string[] = [];
+  let falses = 0;
+  let decided = "";
+  const server = startServer(world, {
+    ...watch,
+    decide() {
+      const decision = watch.decide();
+      decided = decision.open ? "TRUE\n" : "FALSE\n";
+      if (!decision.open) falses++;
+      if (!decision.open && !mayBeFalse()) violations.push(`seed ${seed}: FALSE at ${new Date(nowMs).toISOString()}`);
+      return decision;
+    },
+  });
+
+  function sendNoise(): void {
+    const bytes = Uint8Array.from({ length: below(400) }, () => pick(10, 13, 32, 123, 83, 255, below(256)));
+    const socket = connect({ port: server.port, host: "127.0.0.1" });
+    socket.on("error", () => {}).on("data", () => {});
+    for (let at = 0; at < bytes.length; at += 100) socket.write(bytes.subarray(at, at + 100));
+    if (chance(0.5)) socket.end();
+    else setTimeout(() => socket.destroy(), 5);
+  }
+
+  for (let step = 0; step < steps; step++) {
+    add(spent, 0);
+    switch (below(10)) {
+      case 0:
+        nowMs += below(8000);
+        break;
+      case 1:
+        nowMs += pick(59_000, 300_000, 599_000, 601_000, 3_600_000);
+        break;
+      case 2: // to just before midnight
+        if (chance(0.4)) nowMs = Date.parse(dayOf(nowMs)) + DAY - pick(1, 5000, 300_000);
+        break;
+      case 3: // the clock is set back
+        if (chance(0.1)) nowMs -= pick(5000, 300_000, 700_000);
+        break;
+      case 4:
+        if (chance(0.1)) add(spent, pick(0.01, 1e-9, 3));
+        break;
+      case 5:
+        if (chance(0.7)) add(used, below(600));
+        break;
+      case 6:
+        sendNoise();
+        break;
+      default:
+        lookEnded = Promise.withResolvers();
+        watch.hurry();
+        if (chance(0.7)) await lookEnded.promise;
+    }
+    const answer = await talk(server.port, ["STATUS\n"]);
+    if (answer !== decided) violations.push(`seed ${seed}: decided ${decided}, answered ${answer}`);
+    if (chance(0.1)) watch.tick();
+  }
+  stop.abort();
+  await server.stop();
+  return { violations, falses, requests: account.requests.length };
+}
+
+suite("the siege", () => {
+  test.each([1, 2, 3, 4, 5, 6, 7, 8])(
+    "of seed %d: FALSE only where a complete look saw nothing spent",
+    async (seed) => {
+      const { violations, falses, requests } = await besiege({
+        seed,
+        steps: 500,
+        allowance: seed % 2 === 0 ? 1000 : null,
+      });
+      expect(violations).toEqual([]);
+      // Were nothing ever FALSE, or little ever asked, this would show nothing.
+      expect(falses).toBeGreaterThan(20);
+      expect(requests).toBeGreaterThan(100);
+    },
+    30_000,
   );
 });
