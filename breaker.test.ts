@@ -1547,46 +1547,59 @@ suite("the key", () => {
       for (const text of everywhere) expect(text.includes(KEY.slice(3))).toBe(false);
       expect(breaker.log()).toContain("Incorrect API key provided: ***");
     },
+    20_000,
   );
 
-  needs("pass", "gpg")("is read afresh after a 401 (pass, gpg)", async () => {
-    await using store = await makeStore();
-    await store.insert("OPENAI_API_KEY", "old-key-0123456789");
-    const isRight = (headers: Headers) => headers.get("authorization") === `Bearer ${KEY}`;
-    using account = startAccount(({ headers }) => (isRight(headers) ? FREE : http("", { status: 401 })));
-    const argv = ["--base-url", account.base, "--source", "costs", "--interval", "50ms"];
-    await using breaker = await serve(argv, { env: { ...noKey, ...store.env } });
-    await until(async () => (await breaker.info()).error);
-    await store.insert("OPENAI_API_KEY", KEY);
-    await until(async () => (await breaker.ask("STATUS")) === "FALSE");
-  });
+  needs("pass", "gpg")(
+    "is read afresh after a 401 (pass, gpg)",
+    async () => {
+      await using store = await makeStore();
+      await store.insert("OPENAI_API_KEY", "old-key-0123456789");
+      const isRight = (headers: Headers) => headers.get("authorization") === `Bearer ${KEY}`;
+      using account = startAccount(({ headers }) => (isRight(headers) ? FREE : http("", { status: 401 })));
+      const argv = ["--base-url", account.base, "--source", "costs", "--interval", "50ms"];
+      await using breaker = await serve(argv, { env: { ...noKey, ...store.env } });
+      await until(async () => (await breaker.info()).error);
+      await store.insert("OPENAI_API_KEY", KEY);
+      await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+    },
+    20_000,
+  );
 
-  needs("pass", "gpg")("is missed with a sentence that says what to do (pass, gpg)", async () => {
-    await using store = await makeStore();
-    await store.insert("folder/one", KEY);
-    await store.insert("prose", "two words");
-    const cases: [string, Record<string, string>, string][] = [
-      ["nowhere", store.env, "pass has no entry nowhere; store an admin key with: pass insert nowhere"],
-      ["folder", store.env, "the first line of folder in pass does not look like a key"],
-      ["prose", store.env, "the first line of prose in pass does not look like a key"],
-      ["any", { PATH: makeFolder() }, "pass cannot be started; install it, or set OPENAI_ADMIN_KEY"],
-      ["any", makePass("echo boom >&2; exit 3"), "pass ended with 3, boom"],
-      ["any", { OPENAI_ADMIN_KEY: "two words" }, "OPENAI_ADMIN_KEY does not look like a key"],
-    ];
-    for (const [entry, env, expected] of cases) {
-      const { code, out } = await run(["check", "--pass-entry", entry], { env: { ...noKey, ...env } });
-      expect([code, out]).toEqual([69, expect.stringContaining(`Cannot read the key: ${expected}`)]);
-    }
-  });
+  needs("pass", "gpg")(
+    "is missed with a sentence that says what to do (pass, gpg)",
+    async () => {
+      await using store = await makeStore();
+      await store.insert("folder/one", KEY);
+      await store.insert("prose", "two words");
+      const cases: [string, Record<string, string>, string][] = [
+        ["nowhere", store.env, "pass has no entry nowhere; store an admin key with: pass insert nowhere"],
+        ["folder", store.env, "the first line of folder in pass does not look like a key"],
+        ["prose", store.env, "the first line of prose in pass does not look like a key"],
+        ["any", { PATH: makeFolder() }, "pass cannot be started; install it, or set OPENAI_ADMIN_KEY"],
+        ["any", makePass("echo boom >&2; exit 3"), "pass ended with 3, boom"],
+        ["any", { OPENAI_ADMIN_KEY: "two words" }, "OPENAI_ADMIN_KEY does not look like a key"],
+      ];
+      for (const [entry, env, expected] of cases) {
+        const { code, out } = await run(["check", "--pass-entry", entry], { env: { ...noKey, ...env } });
+        expect([code, out]).toEqual([69, expect.stringContaining(`Cannot read the key: ${expected}`)]);
+      }
+    },
+    20_000,
+  );
 
-  needs("pass", "gpg")("that is locked with no terminal to ask at says how to unlock it (pass, gpg)", async () => {
-    await using store = await makeStore("secret");
-    await store.insert("OPENAI_API_KEY", KEY);
-    await sh("gpgconf --kill gpg-agent", store.env);
-    const { code, out } = await run(["check"], { env: { ...noKey, ...store.env } });
-    expect(code).toBe(69);
-    expect(out).toContain("the gpg key is locked or missing; unlock it in a terminal with: pass show OPENAI_API_KEY");
-  });
+  needs("pass", "gpg")(
+    "that is locked with no terminal to ask at says how to unlock it (pass, gpg)",
+    async () => {
+      await using store = await makeStore("secret");
+      await store.insert("OPENAI_API_KEY", KEY);
+      await sh("gpgconf --kill gpg-agent", store.env);
+      const { code, out } = await run(["check"], { env: { ...noKey, ...store.env } });
+      expect(code).toBe(69);
+      expect(out).toContain("the gpg key is locked or missing; unlock it in a terminal with: pass show OPENAI_API_KEY");
+    },
+    20_000,
+  );
 
   test("a pass that hangs leaves STATUS answering and no process behind", async () => {
     const folder = makeFolder();
@@ -1946,7 +1959,9 @@ suite("exec", () => {
 
   test("stops its command when the breaker opens", async () => {
     await using guarded = await startGuarded(FREE);
-    const running = run(["exec", ...guarded.at, "--", "sh", "-c", "sleep 60 & wait"]);
+    const file = join(makeFolder(), "started");
+    const running = run(["exec", ...guarded.at, "--", "sh", "-c", `touch ${file}; sleep 60 & wait`]);
+    await until(() => existsSync(file));
     guarded.state.answer = CENT;
     const { code, err } = await running;
     expect([code, err]).toEqual([75, expect.stringContaining("stopping sh: 0.01 usd")]);
