@@ -819,14 +819,13 @@ suite("the decision", () => {
 
   test("a model counts toward the first allowance that it matches, cached tokens once, null as the empty name", () => {
     const look: Reading = { ...UNSEEN, days: {}, tokens: [{}, {}] };
-    const { allowances } = optionsOf(...tokens);
     const rows = usage(
       { model: "o3-mini", input: 10, output: 5, cached: 8 },
       { model: "o3", input: 1, output: 1 },
       { model: null, input: 2, output: 0 },
     );
     const { entries } = readPage(rows, UsageRowSchema);
-    expect(bookEntries(look, { entries, now: Date.now(), allowances })).toBe(null);
+    expect(bookEntries(look, { entries, now: Date.now(), options: optionsOf(...tokens) })).toBe(null);
     expect(look.tokens).toEqual([{ [today()]: 15 }, { [today()]: 4 }]);
   });
 });

@@ -403,7 +403,7 @@ export function parseRetryAfter(header: string | null, now: number): number {
 /** ms until the next look after `failures` failed ones in a row: 5 s (or the interval), doubling to 5 min. */
 export function computeBackoff(
   failures: number,
-  { intervalMs, retryAfterMs }: { intervalMs: number; retryAfterMs: number },
+  { intervalMs, retryAfterMs }: Record<"intervalMs" | "retryAfterMs", number>,
 ): number {
   const first = Math.min(5 * SECOND, intervalMs);
   return Math.max(Math.min(first * 2 ** (failures - 1), 5 * MINUTE), retryAfterMs);
@@ -431,8 +431,10 @@ export function redact(text: string, key: string): string {
 // ── The account's answers ───────────────────────────────────────────────────────────────────────
 // Each item is read by itself: a cost that was seen counts also where its neighbour cannot be read.
 
+type Row = z.output<typeof CostRowSchema> | z.output<typeof UsageRowSchema>;
+
 /** A cost, or a use of tokens, on a UTC day. */
-export type Entry = { day: string } & (z.output<typeof CostRowSchema> | z.output<typeof UsageRowSchema>);
+export type Entry = { day: string } & Row;
 
 /** What an answer holds: `next` is the cursor of the next page, `problem` why the look has failed. */
 export interface Page {
@@ -458,10 +460,7 @@ function readEach<T>(items: unknown, { schema, problems }: { schema: z.ZodType<T
 }
 
 /** Reads a page of the Costs or the Usage API; a row counts for the UTC day of its bucket's start. */
-export function readPage(
-  body: unknown,
-  rowSchema: z.ZodType<z.output<typeof CostRowSchema> | z.output<typeof UsageRowSchema>>,
-): Page {
+export function readPage(body: unknown, rowSchema: z.ZodType<Row>): Page {
   const problems: string[] = [];
   const { data } = JsonSchema.safeParse(body).data ?? {};
   const entries = readEach(data, { schema: BucketSchema, problems }).flatMap(({ start_time, rows }) => {
@@ -517,19 +516,22 @@ export interface Reading {
   retryAfterMs: number;
 }
 
+/** A reading at a time, under the user's options. */
+export interface Moment {
+  /** ms since 1970 */
+  now: number;
+  reading: Reading;
+  options: Options;
+}
+
 /** Nothing seen yet. */
 export const UNSEEN: Reading = { asOfMs: null, days: {}, currency: null, tokens: [], error: null, retryAfterMs: 0 };
-
-type Rules = Pick<Options, "thresholdUsd" | "allowances" | "maxAgeMs" | "whenUnknown">;
 
 /**
  * Books what an answer holds in `look` and returns what is wrong with it. A credit (an amount below 0)
  * never hides a cost; a model counts toward the first allowance that it matches.
  */
-export function bookEntries(
-  look: Reading,
-  { entries, now, allowances }: { entries: Entry[]; now: number; allowances: Rules["allowances"] },
-): string | null {
+export function bookEntries(look: Reading, { entries, now, options }: Omit<Moment, "reading"> & { entries: Entry[] }) {
   const { yesterday, tomorrow } = listDays(now);
   let problem: string | null = null;
   for (const entry of entries.filter(({ day }) => day >= yesterday)) {
@@ -537,7 +539,7 @@ export function bookEntries(
     if (day > tomorrow) {
       problem ??= `${day} lies in the future; check this machine's clock`;
     } else if ("tokens" in entry) {
-      const tokens = look.tokens[allowances.findIndex(({ models }) => matchesModel(models, entry.model))];
+      const tokens = look.tokens[options.allowances.findIndex(({ models }) => matchesModel(models, entry.model))];
       if (tokens) tokens[day] = (tokens[day] ?? 0) + entry.tokens;
     } else {
       look.days[day] = (look.days[day] ?? 0) + Math.max(entry.cost, 0);
@@ -580,14 +582,8 @@ export interface Decision {
   message: string;
 }
 
-interface Moment {
-  /** ms since 1970 */
-  now: number;
-  reading: Reading;
-}
-
 /** What a reading means at `now`. The order is the contract: a cost that was seen wins. */
-export function decide({ now, reading, options }: Moment & { options: Rules }): Decision {
+export function decide({ now, reading, options }: Moment): Decision {
   const { yesterday, today } = listDays(now);
   const { asOfMs, currency, error } = reading;
   const { total, days } = sumSince(yesterday, reading.days) ?? { total: 0, days: {} };
@@ -616,7 +612,7 @@ export function decide({ now, reading, options }: Moment & { options: Rules }): 
 }
 
 /** The INFO object of a reading at `now`, for a breaker that started at `startedMs`. */
-export function describe({ now, reading, options, startedMs }: Moment & { options: Options; startedMs: number }): Info {
+export function describe({ now, reading, options, startedMs }: Moment & { startedMs: number }): Info {
   const { yesterday, today } = listDays(now);
   const { asOfMs, currency, error } = reading;
   const window = sumSince(yesterday, reading.days);
@@ -649,31 +645,22 @@ export interface View {
 
 export interface Question {
   name: string;
-  /** Asked by this machine only: it learns amounts. */
-  localOnly: boolean;
-  /** Whether the answer rests on a look, so that it waits for the first one. */
-  needsLook: boolean;
   help: string;
-  reply(view: View): string;
+  reply: (view: View) => string;
+  /** Asked by this machine only: it learns amounts. */
+  localOnly?: true;
+  /** The answer rests on a look, and waits for the first one. */
+  needsLook?: true;
 }
+
+const STATUS_HELP = "TRUE when the account incurred a cost today or yesterday (UTC) or that is not known, else FALSE";
+const INFO_HELP = "reason, amounts and age as a line of JSON, for this machine only";
 
 /** A new command is a new row. */
 export const QUESTIONS: Question[] = [
-  {
-    name: "STATUS",
-    localOnly: false,
-    needsLook: true,
-    help: "TRUE when the account incurred a cost today or yesterday (UTC) or that is not known, else FALSE",
-    reply: (view) => (view.decide().open ? "TRUE" : "FALSE"),
-  },
-  { name: "HELP", localOnly: false, needsLook: false, help: "this list", reply: () => HELP },
-  {
-    name: "INFO",
-    localOnly: true,
-    needsLook: true,
-    help: "reason, amounts and age as a line of JSON, for this machine only",
-    reply: (view) => JSON.stringify(view.describe()),
-  },
+  { name: "STATUS", help: STATUS_HELP, needsLook: true, reply: (view) => (view.decide().open ? "TRUE" : "FALSE") },
+  { name: "HELP", help: "this list", reply: () => HELP },
+  { name: "INFO", help: INFO_HELP, needsLook: true, localOnly: true, reply: (view) => JSON.stringify(view.describe()) },
 ];
 
 const HELP = [
@@ -682,13 +669,13 @@ const HELP = [
 ].join("\n");
 
 function refuseWith(text: string): Question {
-  return { name: "ERR", localOnly: false, needsLook: false, help: "", reply: () => `ERR ${text}` };
+  return { name: "ERR", help: "", reply: () => `ERR ${text}` };
 }
 
-export const UNKNOWN = refuseWith("Unknown Command");
-export const NOT_ALLOWED = refuseWith("Not Allowed");
-export const TOO_LONG = refuseWith("Line Too Long");
-export const BUSY = refuseWith("Busy");
+const UNKNOWN = refuseWith("Unknown Command");
+const NOT_ALLOWED = refuseWith("Not Allowed");
+const TOO_LONG = refuseWith("Line Too Long");
+const BUSY = refuseWith("Busy");
 
 /** Finds what a line asks for: `findQuestion(" status\r", { local: false })` → the row of STATUS */
 export function findQuestion(line: string, { local }: { local: boolean }): Question {
@@ -769,11 +756,8 @@ function formatStatus({ pid: _, ...status }: Info): Json {
   return { content: [{ type: "text", text: JSON.stringify(status) }], structuredContent: status };
 }
 
-function fail(
-  id: Id | undefined,
-  error: { code: number; message: string; data?: Json },
-): { kind: "reply"; text: string } {
-  return { kind: "reply", text: JSON.stringify({ jsonrpc: "2.0", id, error }) };
+function fail(id: Id | undefined, error: { code: number; message: string; data?: Json }) {
+  return { kind: "reply" as const, text: JSON.stringify({ jsonrpc: "2.0", id, error }) };
 }
 
 /** Answers one line of MCP, bad ones too. */
@@ -949,7 +933,7 @@ async function readPass({ options: { passEntry: entry }, env, signal }: World): 
   if (code !== 0) throw new Error(`pass ended with ${code}, ${redact(stderr, "")}`);
   const line = stdout.split("\n", 1)[0] ?? "";
   // Of a folder, pass prints the name and a tree.
-  return line === entry.replace(/\/+$/, "") ? "" : line;
+  return line === entry ? "" : line;
 }
 
 /** The key: OPENAI_ADMIN_KEY, else from pass. */
@@ -990,38 +974,34 @@ const KEYS_URL = "https://platform.openai.com/settings/organization/admin-keys";
 interface Endpoint {
   what: string;
   path: string;
-  query: [name: string, value: string][];
+  search: URLSearchParams;
   read: (body: unknown) => Page;
 }
 
 /** The endpoints that a look at `now` asks. */
 function listEndpoints(options: Options, now: number): Endpoint[] {
   const { yesterday, today, tomorrow } = listDays(now);
-  const buckets = (start: string): Endpoint["query"] => [
-    ["start_time", String(Date.parse(start) / SECOND)],
-    ["bucket_width", "1d"],
-    ["limit", "31"],
-  ];
   if (resolveSource(options) === "billing") {
-    const query: Endpoint["query"] = [
-      ["start_date", yesterday],
-      ["end_date", tomorrow],
-    ];
-    return [
-      { what: "the billing usage", path: "/dashboard/billing/usage", query, read: (body) => readBilling(body, today) },
-    ];
+    const search = new URLSearchParams({ start_date: yesterday, end_date: tomorrow });
+    const read = (body: unknown) => readBilling(body, today);
+    return [{ what: "the billing usage", path: "/dashboard/billing/usage", search, read }];
   }
-  const projects = options.projects.map((id): [string, string] => ["project_ids[]", id]);
+  const searchFrom = (start: string, name: string, values: string[]) => {
+    const start_time = String(Date.parse(start) / SECOND);
+    const search = new URLSearchParams({ start_time, bucket_width: "1d", limit: "31" });
+    for (const value of values) search.append(name, value);
+    return search;
+  };
   const costs: Endpoint = {
     what: "the costs",
     path: "/organization/costs",
-    query: [...buckets(yesterday), ...projects],
+    search: searchFrom(yesterday, "project_ids[]", options.projects),
     read: (body) => readPage(body, CostRowSchema),
   };
   const usage: Endpoint = {
     what: "the token usage",
     path: "/organization/usage/completions",
-    query: [...buckets(today), ["group_by[]", "model"]],
+    search: searchFrom(today, "group_by[]", ["model"]),
     read: (body) => readPage(body, UsageRowSchema),
   };
   return options.allowances.length > 0 ? [costs, usage] : [costs];
@@ -1063,7 +1043,7 @@ function parseJson(text: string): unknown {
 export type LookAt = (onSeen: (look: Reading) => void) => Promise<Reading>;
 
 export function createLook({ options, now, signal }: World, key: KeySource): LookAt {
-  const { allowances, baseUrl, timeoutMs } = options;
+  const { baseUrl, timeoutMs } = options;
 
   /** The body of a good answer; throws an Error that says what is wrong, and what to do. */
   async function request(path: string, { secret, look }: { secret: string; look: Reading }): Promise<unknown> {
@@ -1098,24 +1078,24 @@ export function createLook({ options, now, signal }: World, key: KeySource): Loo
   return async (onSeen) => {
     const beganMs = now();
     const { yesterday, today } = listDays(beganMs);
-    const look: Reading = { ...UNSEEN, asOfMs: beganMs, days: {}, tokens: allowances.map(() => ({})) };
+    const look: Reading = { ...UNSEEN, asOfMs: beganMs, days: {}, tokens: options.allowances.map(() => ({})) };
     let secret = "";
 
     /** Books every page of an endpoint. */
-    async function readPages({ path, query, read }: Endpoint): Promise<void> {
-      const cursors = new Set<string>();
-      for (let search = new URLSearchParams(query); ;) {
+    async function readPages({ path, search, read }: Endpoint): Promise<void> {
+      for (const cursors = new Set<string>(); ;) {
         const page = read(await request(`${path}?${search}`, { secret, look }));
-        const complaint = bookEntries(look, { entries: page.entries, now: beganMs, allowances });
+        const complaint = bookEntries(look, { entries: page.entries, now: beganMs, options });
         onSeen(look);
         const problem = page.problem ?? complaint;
         if (problem !== null) throw new Error(problem);
         if (page.next === null) return;
         if (cursors.has(page.next)) throw new Error("next_page repeats itself, the pages have no end");
         if (cursors.add(page.next).size === MAX_PAGES) throw new Error(`there are more than ${MAX_PAGES} pages`);
-        search = new URLSearchParams([...query, ["page", page.next]]);
+        search.set("page", page.next);
       }
     }
+
     const note = (error: unknown, what: string) => (look.error ??= redact(what + messageOf(error), secret));
     try {
       secret = await key.read();
@@ -1180,10 +1160,8 @@ export function startWatch(
         settled.resolve();
       }
       if (awaited === null) onAnswer(describeNow());
-      const timer = setTimeout(
-        pause.resolve,
-        failures === 0 ? options.intervalMs : computeBackoff(failures, { ...options, ...found }),
-      );
+      const delayMs = failures === 0 ? options.intervalMs : computeBackoff(failures, { ...options, ...found });
+      const timer = setTimeout(pause.resolve, delayMs);
       void pause.promise.then(() => clearTimeout(timer));
     }
   }
@@ -1471,11 +1449,7 @@ interface Address {
 
 /** Asks one question; throws an Error that says what to do where nothing answers. */
 export async function ask(question: string, { host, port, timeoutMs }: Address): Promise<string> {
-  const hostname =
-    new Map([
-      ["0.0.0.0", "127.0.0.1"],
-      ["::", "::1"],
-    ]).get(host) ?? host;
+  const hostname = host === "0.0.0.0" ? "127.0.0.1" : host === "::" ? "::1" : host;
   const answered = Promise.withResolvers<void>();
   let text = "";
   const refuse = (cause: string) =>
