@@ -44,23 +44,23 @@ interface Flag {
   name: string;
   /** What --help calls the value; a flag without one is a switch. */
   takes: string | undefined;
-  /** The text that counts where nothing is given. */
+  /** The text that counts where nothing is given, and in a drill. */
   fallback: string;
-  /** The same in a drill, where it differs. */
-  drillFallback?: string;
+  drillFallback: string;
   help: string;
 }
 
-/** `"--interval TIME [60s]"` → `{ name: "interval", takes: "TIME", fallback: "60s", … }` */
-function flag(usage: string, help: string): Flag {
-  const [, name = "", takes, fallback] = /^--(\S+)(?: ([^ ]+))?(?: \[(.*)\])?$/.exec(usage) ?? [];
-  return { name, takes, fallback: fallback ?? (takes ? "" : "false"), help };
+const FLAGS = z.registry<Flag>();
+
+/** A schema for a flag: `--interval TIME [60s, 1s in a drill] between two looks`. Its description is what it expects. */
+function flag<Schema extends z.ZodType>(line: string, schema: Schema): Schema {
+  const [, name = "", takes, given = takes ? "" : "false", drill, help = ""] =
+    /^--(\S+)(?: ([A-Z=a-z|]+))??(?: \[(\S+?)(?:, (\S+) in a drill)?\])? : (.*)$/.exec(line) ?? [];
+  FLAGS.add(schema, { name, takes, fallback: given, drillFallback: drill ?? given, help });
+  return schema;
 }
 
-const FLAGS = z.registry<Flag>();
 const UNITS = new Map(Object.entries({ ms: 1, s: SECOND, m: MINUTE, h: HOUR, "": 1, k: 1e3, M: 1e6, G: 1e9 }));
-
-// The description of a schema says what a refused value should have been.
 
 /** A number with a unit, as the number: `"10m"` → 600000, `"1.5M"` → 1500000. */
 function scaled(pattern: RegExp) {
@@ -69,20 +69,34 @@ function scaled(pattern: RegExp) {
 }
 
 function duration() {
-  return scaled(/^\d+(ms|s|m|h)$/)
-    .refine((ms) => ms >= 1 && ms <= DAY)
-    .describe("a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h");
+  const ms = scaled(/^\d+(ms|s|m|h)$/).refine((value) => value >= 1 && value <= DAY);
+  return ms.describe("a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h");
 }
 
 function toggle() {
+  const truth = z.enum(["true", "false"]).transform((text) => text === "true");
+  return truth.describe("true or false");
+}
+
+function command() {
   return z
-    .enum(["true", "false"])
-    .transform((text) => text === "true")
-    .describe("true or false");
+    .string()
+    .regex(/^[^\0]*$/)
+    .describe("a shell command");
 }
 
 const word = z.string().regex(/^[^\s\p{Cc}]+$/u);
-const command = z.string().regex(/^[^\0]*$/);
+const host = word.describe("a host name or an address");
+const port = scaled(/^\d{1,5}$/)
+  .refine((value) => value <= 65535)
+  .describe("a port from 0 to 65535");
+const amount = scaled(/^(\d+\.?\d*|\.\d+)$/).describe("an amount such as 0, 0.5 or 20");
+const projects = z.array(word).describe("a project ID such as proj_abc");
+const source = z.enum(["auto", "costs", "billing"]).describe("auto, costs or billing");
+const passEntry = z
+  .string()
+  .regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u)
+  .describe("the name of an entry of pass");
 
 /** `"*-mini*,*-nano*=10M"` → `{ models: "*-mini*,*-nano*", limit: 10000000 }`, in tokens a UTC day. */
 const allowance = word
@@ -90,6 +104,7 @@ const allowance = word
   .transform((text) => text.split("=", 2))
   .pipe(z.tuple([z.string(), scaled(/^\d+(\.\d+)?[kMG]?$/).refine((limit) => limit > 0)]))
   .transform(([models, limit]) => ({ models, limit }));
+const allowances = z.array(allowance).describe("MODELS=TOKENS such as *-mini*,*-nano*=10M");
 
 /** An http URL sends the key in the clear: only to this machine. */
 const baseUrl = z
@@ -106,52 +121,22 @@ export function isLoopback(host: string): boolean {
 }
 
 const OptionsSchema = z.object({
-  host: word
-    .describe("a host name or an address")
-    .register(FLAGS, flag("--host HOST [0.0.0.0]", "where to listen, and where to ask")),
-  port: scaled(/^\d{1,5}$/)
-    .refine((port) => port <= 65535)
-    .describe("a port from 0 to 65535")
-    .register(FLAGS, flag("--port PORT [5555]", "its port; 0 listens on any free one and logs it")),
-  thresholdUsd: scaled(/^(\d+\.?\d*|\.\d+)$/)
-    .describe("an amount such as 0, 0.5 or 20")
-    .register(FLAGS, flag("--threshold USD [0]", "open when the two days together cost more than this")),
-  allowances: z
-    .array(allowance)
-    .describe("MODELS=TOKENS such as *-mini*,*-nano*=10M")
-    .register(FLAGS, flag("--allowance MODELS=TOKENS", "open when today's tokens reach this; repeatable")),
-  projects: z
-    .array(word)
-    .describe("a project ID such as proj_abc")
-    .register(FLAGS, flag("--project ID", "count the costs of these projects only; repeatable")),
-  intervalMs: duration().register(FLAGS, {
-    ...flag("--interval TIME [60s]", "between two looks at the account"),
-    drillFallback: "1s",
-  }),
-  timeoutMs: duration().register(FLAGS, flag("--timeout TIME [10s]", "for one request, its body included")),
-  maxAgeMs: duration().register(FLAGS, flag("--max-age TIME [10m]", "how long a good look counts")),
-  whenUnknown: toggle().register(
-    FLAGS,
-    flag("--when-unknown true|false [true]", "what STATUS answers when the state is unknown"),
-  ),
-  source: z
-    .enum(["auto", "costs", "billing"])
-    .describe("auto, costs or billing")
-    .register(FLAGS, flag("--source NAME [auto]", "costs, billing; auto: costs on openai.com, else billing")),
-  baseUrl: baseUrl.register(FLAGS, flag("--base-url URL [https://api.openai.com/v1]", "of the API")),
-  passEntry: z
-    .string()
-    .regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u)
-    .describe("the name of an entry of pass")
-    .register(FLAGS, flag("--pass-entry NAME [OPENAI_API_KEY]", "holds the key, unless OPENAI_ADMIN_KEY does")),
-  onTrip: command
-    .describe("a shell command")
-    .register(FLAGS, flag("--on-trip CMD", "run by sh when the answer turns TRUE")),
-  onReset: command
-    .describe("a shell command")
-    .register(FLAGS, flag("--on-reset CMD", "run by sh when the answer turns FALSE")),
-  drill: toggle().register(FLAGS, flag("--drill", "a simulated account that costs a cent after 10 s")),
-  json: toggle().register(FLAGS, flag("--json", "check prints the INFO object")),
+  host: flag("--host HOST [0.0.0.0] : where to listen, and where to ask", host),
+  port: flag("--port PORT [5555] : its port; 0 listens on any free one and logs it", port),
+  thresholdUsd: flag("--threshold USD [0] : open when the two days together cost more than this", amount),
+  allowances: flag("--allowance MODELS=TOKENS : open when today's tokens reach this; repeatable", allowances),
+  projects: flag("--project ID : count the costs of these projects only; repeatable", projects),
+  intervalMs: flag("--interval TIME [60s, 1s in a drill] : between two looks at the account", duration()),
+  timeoutMs: flag("--timeout TIME [10s] : for one request, its body included", duration()),
+  maxAgeMs: flag("--max-age TIME [10m] : how long a good look counts", duration()),
+  whenUnknown: flag("--when-unknown true|false [true] : what STATUS answers when the state is unknown", toggle()),
+  source: flag("--source NAME [auto] : costs or billing; auto is costs on openai.com, else billing", source),
+  baseUrl: flag("--base-url URL [https://api.openai.com/v1] : of the API", baseUrl),
+  passEntry: flag("--pass-entry NAME [OPENAI_API_KEY] : holds the key, unless OPENAI_ADMIN_KEY does", passEntry),
+  onTrip: flag("--on-trip CMD : run by sh when the answer turns TRUE", command()),
+  onReset: flag("--on-reset CMD : run by sh when the answer turns FALSE", command()),
+  drill: flag("--drill : a simulated account that costs a cent after 10 s", toggle()),
+  json: flag("--json : check prints the INFO object", toggle()),
 });
 
 export type Options = z.output<typeof OptionsSchema>;
@@ -238,7 +223,7 @@ export function parseArguments(argv: string[], env: Env): Invocation {
   const drilling = (given.get("drill")?.at(-1) ?? env["BREAKER_DRILL"]) === "true";
   const texts: Record<string, string | string[]> = {};
   for (const { key, name, many, fallback, drillFallback } of ROWS) {
-    const text = env[variable(name)] || (drilling && drillFallback) || fallback;
+    const text = env[variable(name)] || (drilling ? drillFallback : fallback);
     const list = given.get(name);
     texts[key] = many ? (list ?? text.split(/\s+/).filter(Boolean)) : (list?.at(-1) ?? text);
   }

@@ -28,7 +28,7 @@ const limits = amount.endsWith("ms")
 // blocking sockets in a ring, so that one call connects, one sends, and the oldest is read next.
 
 const CONNECTIONS = 50;
-const [AF_INET, SOCK_STREAM, MSG_NOSIGNAL] = [2, 1, 0x4000];
+const [AF_INET, SOCK_STREAM, MSG_NOSIGNAL, MSG_WAITALL] = [2, 1, 0x4000, 0x100];
 
 function loadLibc() {
   // The sizes given back fit into 32 bits here.
@@ -75,9 +75,8 @@ function askAll(
   }
 
   function finish(socket: number): void {
-    const size = libc.recv(socket, inputAt, input.length, 0);
-    const right = size === wanted.length && input.compare(wanted, 0, size, 0, size) === 0;
-    if (!right || (serverCloses && libc.recv(socket, inputAt, input.length, 0) !== 0)) load.wrong++;
+    const size = libc.recv(socket, inputAt, serverCloses ? input.length : wanted.length, MSG_WAITALL);
+    if (size !== wanted.length || input.compare(wanted, 0, size, 0, size) !== 0) load.wrong++;
     libc.close(socket);
     load.answers++;
   }
