@@ -850,7 +850,7 @@ suite("the protocol", () => {
     ["STOP", true, "ERR Unknown Command"],
   ];
   test.each(lines)("%j asked locally %p is %p", (line, local, expected) => {
-    const question = findQuestion(line, { local });
+    const question = findQuestion(line, { isLocal: () => local });
     const view = {
       decide: () => ({ open: false, reason: "none" as const, message: "" }),
       describe: () => {
@@ -861,7 +861,7 @@ suite("the protocol", () => {
   });
 
   test("every line of HELP begins with its command", () => {
-    const help = findQuestion("HELP", { local: false }).reply({
+    const help = findQuestion("HELP", { isLocal: () => false }).reply({
       decide: () => {
         throw new Error();
       },

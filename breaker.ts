@@ -662,11 +662,11 @@ const NOT_ALLOWED = refuseWith("Not Allowed");
 const TOO_LONG = refuseWith("Line Too Long");
 const BUSY = refuseWith("Busy");
 
-/** Finds what a line asks for: `findQuestion(" status\r", { local: false })` → the row of STATUS */
-export function findQuestion(line: string, { local }: { local: boolean }): Question {
+/** Finds what a line asks for: `findQuestion(" status\r", { isLocal: () => false })` → the row of STATUS */
+export function findQuestion(line: string, { isLocal }: { isLocal: () => boolean }): Question {
   const [, word = ""] = /^[ \t\r]*([a-z]+)[ \t\r]*$/i.exec(line) ?? [];
   const question = QUESTIONS.find(({ name }) => name === word.toUpperCase()) ?? UNKNOWN;
-  return question.localOnly && !local ? NOT_ALLOWED : question;
+  return question.localOnly && !isLocal() ? NOT_ALLOWED : question;
 }
 
 const MAX_LINE_BYTES = 256;
@@ -686,7 +686,9 @@ export function takeLine(
 
 /** Whether the first byte that is not blank is a brace: the line is MCP. */
 export function beginsMcp(input: Buffer): boolean {
-  return input[input.findIndex((byte) => byte !== 32 && byte !== 9 && byte !== 13)] === 123;
+  let at = 0;
+  while (input[at] === 32 || input[at] === 9 || input[at] === 13) at++;
+  return input[at] === 123;
 }
 
 // ── MCP ─────────────────────────────────────────────────────────────────────────────────────────
@@ -1128,7 +1130,19 @@ export function startWatch(
   let begun = 0;
   let awaited: number | null = 1;
 
-  const describeNow = () => describe({ now: now(), reading, options, startedMs });
+  /** Makes something of the reading as of now, once for all who ask within the same millisecond. */
+  function atNow<T>(make: (moment: Moment) => T): () => T {
+    let made: { moment: Moment; value: T } | null = null;
+    return () => {
+      const nowMs = now();
+      if (made?.moment.now !== nowMs || made.moment.reading !== reading) {
+        const moment = { now: nowMs, reading, options };
+        made = { moment, value: make(moment) };
+      }
+      return made.value;
+    };
+  }
+  const describeNow = atNow((moment) => describe({ ...moment, startedMs }));
 
   async function keepLooking(): Promise<void> {
     for (let failures = 0; ;) {
@@ -1166,7 +1180,7 @@ export function startWatch(
   });
   void keepLooking();
   return {
-    decide: () => decide({ now: now(), reading, options }),
+    decide: atNow(decide),
     describe: describeNow,
     hurry: () => pause.resolve(),
     tick() {
@@ -1292,12 +1306,11 @@ export function startServer({ options: { host, port } }: World, watch: Watch): S
     if (input.length === 0 && (phase === "mcp" || !ended)) return false;
     if (peer.outbox.length > MAX_OUTBOX_LENGTH || (peer.mcp?.asked.size ?? 0) >= MAX_ASKED) return false;
     const braced = phase === "mcp" || beginsMcp(input);
-    const local = isLocal(socket);
     const cut = takeLine(input, { ended, limit: braced ? MAX_MCP_LINE_BYTES : MAX_LINE_BYTES });
-    if (braced && !local) answer(socket, NOT_ALLOWED);
+    if (braced && !peer.mcp && !isLocal(socket)) answer(socket, NOT_ALLOWED);
     else if (cut === "too long") answer(socket, TOO_LONG);
     else if (cut === "incomplete") return false;
-    else if (!braced) answer(socket, findQuestion(cut.line, { local }));
+    else if (!braced) answer(socket, findQuestion(cut.line, { isLocal: () => isLocal(socket) }));
     else {
       if (!peer.mcp) beginMcp(socket);
       peer.input = cut.rest;
@@ -1631,13 +1644,8 @@ export function startDrill({ now, signal }: { now: () => number; signal: AbortSi
     port: 0,
     fetch({ url }) {
       const value = now() - startedMs >= 10 * SECOND ? "0.0100000000000000" : "0E-6176";
-      const cost = { object: "organization.costs.result", amount: { value, currency: "usd" } };
-      const usage = {
-        object: "organization.usage.completions.result",
-        input_tokens: 90,
-        output_tokens: 30,
-        model: "drill",
-      };
+      const cost = { amount: { value, currency: "usd" } };
+      const usage = { input_tokens: 90, output_tokens: 30, model: "drill" };
       const start_time = Date.parse(listDays(now()).today) / SECOND;
       const bucket = { object: "bucket", start_time, results: [url.includes("/usage/") ? usage : cost] };
       return Response.json({ object: "page", data: [bucket], has_more: false, next_page: null });
@@ -1654,7 +1662,8 @@ function prepareLook(world: World): { key: KeySource; look: LookAt } {
   const key: KeySource = drill ? { read: async () => "drill", forget() {} } : createKeySource(world);
   if (options.baseUrl.startsWith("http:")) {
     // Bun would send even a request to loopback through HTTP_PROXY, and the key with it.
-    process.env["NO_PROXY"] = process.env["no_proxy"] = "localhost,127.0.0.1,::1,[::1]";
+    const direct = [process.env["NO_PROXY"] ?? process.env["no_proxy"], "localhost,127.0.0.1,::1,[::1]"];
+    process.env["NO_PROXY"] = process.env["no_proxy"] = direct.filter(Boolean).join(",");
   }
   return { key, look: createLook({ ...world, options }, key) };
 }
@@ -1676,10 +1685,8 @@ async function serve(world: World): Promise<number> {
   try {
     server = startServer(world, watch);
   } catch (error) {
-    const place = `${options.host}:${options.port}`;
-    throw new Error(
-      `Cannot listen at ${place}: ${messageOf(error)}; choose another --port, or stop what listens there`,
-    );
+    const action = `Cannot listen at ${options.host}:${options.port}`;
+    throw new Error(`${action}: ${messageOf(error)}; choose another --port, or stop what listens there`);
   }
   log(`breaker ${VERSION} listens on ${options.host}:${server.port}, looks at ${resolveSource(options)}`);
   if (options.maxAgeMs < options.intervalMs) log("--max-age is below --interval: between looks the state is unknown");
@@ -1711,12 +1718,8 @@ export function formatCheck(info: Info, { now, coloured }: { now: () => number; 
   for (const { models, used, limit } of info.allowances) rows.push([models, `${used ?? "unknown"} of ${limit} tokens`]);
   const width = Math.max(...rows.map(([name]) => name.length));
   const table = rows.map(([name, value]) => `${name.padEnd(width)}  ${value}\n`).join("");
-  const [verdict, colour] = {
-    none: ["closed", 32],
-    cost: ["open", 31],
-    allowance: ["open", 31],
-    unknown: ["unknown", 33],
-  }[info.reason];
+  const verdict = { none: "closed", cost: "open", allowance: "open", unknown: "unknown" }[info.reason];
+  const colour = { none: 32, cost: 31, allowance: 31, unknown: 33 }[info.reason];
   const age = info.asOf === null ? "" : `${info.source}, ${info.ageSeconds} s ago\n`;
   return `${table}${coloured ? `\x1b[1;${colour}m${verdict}\x1b[0m` : verdict}: ${info.message}\n${age}`;
 }
@@ -1796,7 +1799,7 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
         return EXIT.closed;
     }
   } catch (error) {
-    surroundings.log(`breaker: ${messageOf(error)}`);
+    surroundings.log(`breaker: ${redact(messageOf(error), "")}`);
     return error instanceof UsageError ? EXIT.usage : EXIT.unavailable;
   } finally {
     process.off("SIGTERM", quit).off("SIGINT", quit);
