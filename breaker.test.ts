@@ -1600,6 +1600,34 @@ suite("the key", () => {
     20_000,
   );
 
+  test("what pass prints is told apart", async () => {
+    const cases: [string, string][] = [
+      [`echo '${KEY}'; echo 'user: me'`, ""],
+      [
+        "echo 'Error: KEY is not in the password store.' >&2; exit 1",
+        "pass has no entry KEY; store an admin key with: pass insert KEY",
+      ],
+      [
+        "echo 'gpg: decryption failed: No secret key' >&2; exit 2",
+        "the gpg key is locked or missing; unlock it in a terminal with: pass show KEY",
+      ],
+      ["echo boom >&2; exit 3", "pass ended with 3, boom"],
+      ["echo KEY; echo '└── one'", "the first line of KEY in pass does not look like a key"],
+      ["head -c 300000 /dev/zero", "the first line of KEY in pass does not look like a key"],
+      ["exit 0", "the first line of KEY in pass does not look like a key"],
+    ];
+    using account = startAccount(always(FREE));
+    const argv = ["check", "--base-url", account.base, "--source", "costs", "--pass-entry", "KEY"];
+    for (const [body, problem] of cases) {
+      const { code, out } = await run(argv, { env: { ...noKey, ...makePass(body) } });
+      const expected = problem
+        ? [69, expect.stringContaining(`Cannot read the key: ${problem}`)]
+        : [0, expect.stringContaining("closed")];
+      expect([code, out]).toEqual(expected);
+    }
+    expect(account.requests.map(({ headers }) => headers.get("authorization"))).toEqual([`Bearer ${KEY}`]);
+  });
+
   test("a pass that hangs leaves STATUS answering and no process behind", async () => {
     const folder = makeFolder();
     const env = makePass(`echo $$ > ${folder}/pid; sleep 600 & echo $! >> ${folder}/pid; wait`);
