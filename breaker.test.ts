@@ -47,6 +47,7 @@ import {
   readPage,
   type Reading,
   redact,
+  runProgram,
   startServer,
   startWatch,
   takeLine,
@@ -1640,6 +1641,16 @@ suite("the key", () => {
     await breaker[Symbol.asyncDispose]();
     await until(() => !pids.some(isRunning));
   });
+});
+
+test("a program that takes too long is killed with its group, also where one outside holds its output", async () => {
+  const file = join(makeFolder(), "pids");
+  const script = `echo said; echo $$ > ${file}; sleep 60 & echo $! >> ${file}; setsid sleep 1 & wait`;
+  const limits = { env: process.env, signal: new AbortController().signal, limitMs: 300 };
+  expect(await runProgram(["bash", "-c", script], limits)).toEqual({ code: null, stdout: "said\n", stderr: "" });
+  const pids = readFileSync(file, "utf8").trim().split("\n").map(Number);
+  expect(pids).toHaveLength(2);
+  await until(() => !pids.some(isRunning));
 });
 
 /** Whether a process runs; one that has ended and waits for its parent does not. */

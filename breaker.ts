@@ -849,7 +849,6 @@ export interface World extends Surroundings {
   signal: AbortSignal;
 }
 
-const CHILD_LIMIT_MS = 30 * SECOND;
 const CHILD_OUTPUT_LENGTH = 64 * 1024;
 
 function messageOf(error: unknown): string {
@@ -873,9 +872,12 @@ function kill(pid: number, signal: NodeJS.Signals): boolean {
 
 /**
  * Runs a program in a process group of its own; gives what it printed (64 KiB of each) and its exit code,
- * null where the group was killed after 30 s or at the end. Throws where it cannot be started.
+ * null where the group was killed: after `limitMs`, or by `signal`. Throws where it cannot be started.
  */
-async function runProgram(argv: string[], { env, signal, input }: { env: Env; signal: AbortSignal; input?: string }) {
+export async function runProgram(
+  argv: string[],
+  { env, signal, input, limitMs = 30 * SECOND }: { env: Env; signal: AbortSignal; input?: string; limitMs?: number },
+) {
   const stdin = input === undefined ? "ignore" : Buffer.from(input);
   const child = Bun.spawn(argv, { env, stdin, stdout: "pipe", stderr: "pipe", detached: true });
   const printed = { stdout: "", stderr: "" };
@@ -889,7 +891,7 @@ async function runProgram(argv: string[], { env, signal, input }: { env: Env; si
     kill(-child.pid, "SIGKILL");
     killed.resolve(null);
   };
-  const timer = setTimeout(end, CHILD_LIMIT_MS);
+  const timer = setTimeout(end, limitMs);
   signal.addEventListener("abort", end);
   const ended = Promise.all([child.exited, collect("stdout"), collect("stderr")]);
   const code = await Promise.race([ended.then(([exitCode]) => exitCode), killed.promise]);
