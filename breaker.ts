@@ -39,104 +39,74 @@ const MINUTE = 60 * SECOND;
 const HOUR = 60 * MINUTE;
 const DAY = 24 * HOUR;
 
-interface Flag {
-  /** Without the dashes; `max-age` is `--max-age` and `BREAKER_MAX_AGE`. */
-  name: string;
-  /** What --help calls the value; a flag without one is a switch. */
-  takes: string | undefined;
-  /** The text that counts where nothing is given, and in a drill. */
-  fallback: string;
-  drillFallback: string;
-  help: string;
-}
-
-const FLAGS = z.registry<Flag>();
-
-/** A schema for a flag: `--interval TIME [60s, 1s in a drill] between two looks`. Its description is what it expects. */
-function flag<Schema extends z.ZodType>(line: string, schema: Schema): Schema {
-  const [, name = "", takes, given = takes ? "" : "false", drill, help = ""] =
-    /^--(\S+)(?: ([A-Z=a-z|]+))??(?: \[(\S+?)(?:, (\S+) in a drill)?\])? : (.*)$/.exec(line) ?? [];
-  FLAGS.add(schema, { name, takes, fallback: given, drillFallback: drill ?? given, help });
-  return schema;
+/** A text of a form; `expects` is what the user is told where it has another. */
+function text(form: RegExp, expects: string) {
+  return z.string().regex(form).meta({ expects });
 }
 
 const UNITS = new Map(Object.entries({ ms: 1, s: SECOND, m: MINUTE, h: HOUR, "": 1, k: 1e3, M: 1e6, G: 1e9 }));
 
 /** A number with a unit, as the number: `"10m"` → 600000, `"1.5M"` → 1500000. */
-function scaled(pattern: RegExp) {
+function scaled(form: RegExp, { min = 0, max = Infinity, expects = "" }) {
   const scale = (text: string) => Number.parseFloat(text) * (UNITS.get(text.replace(/^[\d.]+/, "")) ?? NaN);
-  return z.string().regex(pattern).transform(scale).pipe(z.number());
+  const range = z.number().min(min).max(max);
+  return text(form, expects).transform(scale).pipe(range).meta({ expects });
 }
 
-function duration() {
-  const ms = scaled(/^\d+(ms|s|m|h)$/).refine((value) => value >= 1 && value <= DAY);
-  return ms.describe("a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h");
-}
-
-function toggle() {
-  const truth = z.enum(["true", "false"]).transform((text) => text === "true");
-  return truth.describe("true or false");
-}
-
-function command() {
-  return z
-    .string()
-    .regex(/^[^\0]*$/)
-    .describe("a shell command");
-}
-
-const word = z.string().regex(/^[^\s\p{Cc}]+$/u);
-const host = word.describe("a host name or an address");
-const port = scaled(/^\d{1,5}$/)
-  .refine((value) => value <= 65535)
-  .describe("a port from 0 to 65535");
-const amount = scaled(/^(\d+\.?\d*|\.\d+)$/).describe("an amount such as 0, 0.5 or 20");
-const projects = z.array(word).describe("a project ID such as proj_abc");
-const source = z.enum(["auto", "costs", "billing"]).describe("auto, costs or billing");
-const passEntry = z
-  .string()
-  .regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u)
-  .describe("the name of an entry of pass");
+const truth = z
+  .stringbool({ truthy: ["true"], falsy: ["false"], case: "sensitive" })
+  .meta({ expects: "true or false" });
+const command = text(/^[^\0]*$/, "a shell command");
+const word = text(/^[^\s\p{Cc}]+$/u, "a word");
+const host = word.meta({ expects: "a host name or an address" });
+const port = scaled(/^\d{1,5}$/, { max: 65535, expects: "a port from 0 to 65535" });
+const amount = scaled(/^(\d+\.?\d*|\.\d+)$/, { expects: "an amount such as 0, 0.5 or 20" });
+const times = "a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h";
+const duration = scaled(/^\d+(ms|s|m|h)$/, { min: 1, max: DAY, expects: times });
+const projects = z.array(word).meta({ expects: "a project ID such as proj_abc" });
+const source = z.enum(["auto", "costs", "billing"]).meta({ expects: "auto, costs or billing" });
+const passEntry = text(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u, "the name of an entry of pass");
 
 /** `"*-mini*,*-nano*=10M"` → `{ models: "*-mini*,*-nano*", limit: 10000000 }`, in tokens a UTC day. */
 const allowance = word
   .regex(/^[^,=]+(,[^,=]+)*=[^=]+$/)
   .transform((text) => text.split("=", 2))
-  .pipe(z.tuple([z.string(), scaled(/^\d+(\.\d+)?[kMG]?$/).refine((limit) => limit > 0)]))
+  .pipe(z.tuple([z.string(), scaled(/^\d+(\.\d+)?[kMG]?$/, { min: Number.MIN_VALUE })]))
   .transform(([models, limit]) => ({ models, limit }));
-const allowances = z.array(allowance).describe("MODELS=TOKENS such as *-mini*,*-nano*=10M");
+const allowances = z.array(allowance).meta({ expects: "MODELS=TOKENS such as *-mini*,*-nano*=10M" });
 
 /** An http URL sends the key in the clear: only to this machine. */
 const baseUrl = z
   .url({ protocol: /^https?$/ })
   .transform((text) => new URL(text))
-  .refine(({ protocol, hostname }) => protocol === "https:" || isLoopback(hostname))
+  .refine((url) => url.protocol === "https:" || isLoopback(url.hostname))
   .refine((url) => !url.username && !url.password && !url.search && !url.hash)
   .transform((url) => url.href.replace(/\/+$/, ""))
-  .describe("an https URL (http only to this machine) without user, query and fragment");
+  .meta({ expects: "an https URL (http only to this machine) without user, query and fragment" });
 
 /** Whether a host name or an address, also an IPv4 one written as IPv6, is this machine's loopback. */
 export function isLoopback(host: string): boolean {
   return /^(localhost|(::ffff:)?127(\.\d{1,3}){3}|\[?::1\]?)$/.test(host);
 }
 
+/** Each description is the flag, what it takes, what counts where it is not given (and in a drill), and what it does. */
 const OptionsSchema = z.object({
-  host: flag("--host HOST [0.0.0.0] : where to listen, and where to ask", host),
-  port: flag("--port PORT [5555] : its port; 0 listens on any free one and logs it", port),
-  thresholdUsd: flag("--threshold USD [0] : open when the two days together cost more than this", amount),
-  allowances: flag("--allowance MODELS=TOKENS : open when today's tokens reach this; repeatable", allowances),
-  projects: flag("--project ID : count the costs of these projects only; repeatable", projects),
-  intervalMs: flag("--interval TIME [60s, 1s in a drill] : between two looks at the account", duration()),
-  timeoutMs: flag("--timeout TIME [10s] : for one request, its body included", duration()),
-  maxAgeMs: flag("--max-age TIME [10m] : how long a good look counts", duration()),
-  whenUnknown: flag("--when-unknown true|false [true] : what STATUS answers when the state is unknown", toggle()),
-  source: flag("--source NAME [auto] : costs or billing; auto is costs on openai.com, else billing", source),
-  baseUrl: flag("--base-url URL [https://api.openai.com/v1] : of the API", baseUrl),
-  passEntry: flag("--pass-entry NAME [OPENAI_API_KEY] : holds the key, unless OPENAI_ADMIN_KEY does", passEntry),
-  onTrip: flag("--on-trip CMD : run by sh when the answer turns TRUE", command()),
-  onReset: flag("--on-reset CMD : run by sh when the answer turns FALSE", command()),
-  drill: flag("--drill : a simulated account that costs a cent after 10 s", toggle()),
-  json: flag("--json : check prints the INFO object", toggle()),
+  host: host.describe("--host HOST [0.0.0.0] : where to listen, and where to ask"),
+  port: port.describe("--port PORT [5555] : its port; 0 listens on any free one and logs it"),
+  thresholdUsd: amount.describe("--threshold USD [0] : open when the two days together cost more than this"),
+  allowances: allowances.describe("--allowance MODELS=TOKENS : open when today's tokens reach this; repeatable"),
+  projects: projects.describe("--project ID : count the costs of these projects only; repeatable"),
+  intervalMs: duration.describe("--interval TIME [60s, 1s in a drill] : between two looks at the account"),
+  timeoutMs: duration.describe("--timeout TIME [10s] : for one request, its body included"),
+  maxAgeMs: duration.describe("--max-age TIME [10m] : how long a good look counts"),
+  whenUnknown: truth.describe("--when-unknown true|false [true] : what STATUS answers when the state is unknown"),
+  source: source.describe("--source NAME [auto] : costs or billing; auto is costs on openai.com, else billing"),
+  baseUrl: baseUrl.describe("--base-url URL [https://api.openai.com/v1] : of the API"),
+  passEntry: passEntry.describe("--pass-entry NAME [OPENAI_API_KEY] : holds the key, unless OPENAI_ADMIN_KEY does"),
+  onTrip: command.describe("--on-trip CMD : run by sh when the answer turns TRUE"),
+  onReset: command.describe("--on-reset CMD : run by sh when the answer turns FALSE"),
+  drill: truth.describe("--drill : a simulated account that costs a cent after 10 s"),
+  json: truth.describe("--json : check prints the INFO object"),
 });
 
 export type Options = z.output<typeof OptionsSchema>;
@@ -159,18 +129,21 @@ export type Invocation =
 /** A command line or a variable that cannot be followed; the message is one sentence for the user. */
 export class UsageError extends Error {}
 
-const ROWS = Object.entries(OptionsSchema.shape).flatMap(([key, schema]) => {
-  const row = FLAGS.get(schema);
-  return row ? [{ key, ...row, many: schema instanceof z.ZodArray, expects: schema.description }] : [];
+/** The table of the flags; one that takes nothing is a switch. */
+const ROWS = Object.entries(OptionsSchema.shape).map(([key, schema]) => {
+  const form = /^--(\S+)(?: ([A-Z=a-z|]+))??(?: \[(\S+?)(?:, (\S+) in a drill)?\])? : (.*)$/;
+  const [, name = "", takes, fallback = takes ? "" : "false", drillFallback = fallback, help = ""] =
+    form.exec(schema.description ?? "") ?? [];
+  const { expects } = schema.meta() ?? {};
+  return { key, schema, name, takes, fallback, drillFallback, help, expects, many: schema instanceof z.ZodArray };
 });
 
 /** The text of `--help`, made from the tables. */
 export function formatHelp(): string {
   const line = (left: string, right: string) => `  ${left.padEnd(27)} ${right}`;
   const commands = Object.entries(COMMANDS).map(([name, help]) => line(name, help));
-  const options = ROWS.map(({ name, takes, fallback, help }) =>
-    line(`--${name} ${takes ?? ""}`, takes && fallback ? `${help} [${fallback}]` : help),
-  );
+  const suffix = (fallback: string) => (fallback && fallback !== "false" ? ` [${fallback}]` : "");
+  const options = ROWS.map((row) => line(`--${row.name} ${row.takes ?? ""}`, row.help + suffix(row.fallback)));
   return `breaker ${VERSION}: has this OpenAI account cost anything today or yesterday (UTC)?
 
 Usage: bun breaker.ts [command] [options]
@@ -187,24 +160,6 @@ Exit codes: 0 closed or done, 1 open, 64 usage, 69 unknown or no breaker, 75 sto
 `;
 }
 
-/** The values given to each flag, in their order, and the words that belong to none. */
-function readWords(words: string[]): { given: Map<string, string[]>; commands: string[] } {
-  const types = ROWS.map(({ name, takes }) => [name, { type: takes ? "string" : "boolean", multiple: true }] as const);
-  const options = Object.fromEntries(types);
-  const read = parseArgs({ args: words, options, allowPositionals: true, strict: false });
-  const given = new Map<string, string[]>();
-  for (const [name, value = ""] of Object.entries(read.values)) {
-    const row = ROWS.find((candidate) => candidate.name === name);
-    if (!row) throw new UsageError(`${words.find((word) => word.includes(name))}: no such option; see --help`);
-    const list = [value].flat();
-    if (row.takes && list.some((one) => one === true || String(one).startsWith("--"))) {
-      throw new UsageError(`--${name}: expected ${row.expects} after it; see --help`);
-    }
-    given.set(name, list.map(String));
-  }
-  return { given, commands: read.positionals };
-}
-
 /**
  * Reads a command line (without program and script) and the environment.
  * Throws a UsageError that names what was wrong, and what was expected.
@@ -218,32 +173,37 @@ export function parseArguments(argv: string[], env: Env): Invocation {
   if (words.includes("-h") || words.includes("--help")) return { command: "print", text: formatHelp() };
   if (words.includes("-V") || words.includes("--version")) return { command: "print", text: `${VERSION}\n` };
 
-  const { given, commands } = readWords(words);
-  const variable = (name: string) => `BREAKER_${name.replaceAll("-", "_").toUpperCase()}`;
-  const drilling = (given.get("drill")?.at(-1) ?? env["BREAKER_DRILL"]) === "true";
-  const texts: Record<string, string | string[]> = {};
-  for (const { key, name, many, fallback, drillFallback } of ROWS) {
-    const text = env[variable(name)] || (drilling ? drillFallback : fallback);
-    const list = given.get(name);
-    texts[key] = many ? (list ?? text.split(/\s+/).filter(Boolean)) : (list?.at(-1) ?? text);
+  const types = ROWS.map(({ name, takes }) => [name, { type: takes ? "string" : "boolean", multiple: true }] as const);
+  const read = parseArgs({ args: words, options: Object.fromEntries(types), allowPositionals: true, strict: false });
+  const given = new Map(Object.entries(read.values).map(([name, value = []]) => [name, [value].flat()]));
+  const stray = [...given.keys()].find((name) => !ROWS.some((row) => row.name === name));
+  if (stray) throw new UsageError(`${words.find((word) => word.includes(stray))}: no such option; see --help`);
+  const drilling = String(given.get("drill")?.at(-1) ?? env["BREAKER_DRILL"]) === "true";
+  const texts: Record<string, unknown> = {};
+  for (const { key, schema, name, takes, many, fallback, drillFallback, expects } of ROWS) {
+    const variable = `BREAKER_${name.replaceAll("-", "_").toUpperCase()}`;
+    const flags = given.get(name);
+    if (takes && flags?.some((one) => one === true || String(one).startsWith("--"))) {
+      throw new UsageError(`--${name}: expected ${expects} after it; see --help`);
+    }
+    const text = env[variable] || (drilling ? drillFallback : fallback);
+    const list = flags?.map(String) ?? (many ? text.split(/\s+/).filter(Boolean) : [text]);
+    texts[key] = many ? list : list.at(-1);
+    const [issue] = schema.safeParse(texts[key]).error?.issues ?? [];
+    if (issue) {
+      const bad = JSON.stringify(many ? list[Number(issue.path[0])] : list.at(-1));
+      throw new UsageError(`${flags ? `--${name}` : variable} ${bad}: expected ${expects}; see --help`);
+    }
   }
-  const parsed = OptionsSchema.safeParse(texts);
-  if (!parsed.success) {
-    const [key, index] = parsed.error.issues[0]?.path ?? [];
-    const { name = "", expects } = ROWS.find((row) => row.key === key) ?? {};
-    const bad = [texts[String(key)]].flat()[Number(index ?? 0)];
-    const place = given.has(name) ? `--${name}` : variable(name);
-    throw new UsageError(`${place} ${JSON.stringify(bad)}: expected ${expects}; see --help`);
-  }
+  const options = OptionsSchema.parse(texts);
 
-  const [first = "serve", extra] = commands;
+  const [first = "serve", extra] = read.positionals;
   const named = CommandSchema.safeParse(first);
   if (!named.success) throw new UsageError(`${first}: expected a command, one of those in --help`);
   if (extra !== undefined) throw new UsageError(`${extra}: expected nothing more after ${first}; see --help`);
   if (named.data === "exec" ? rest.length === 0 : dashes < argv.length) {
     throw new UsageError(`${first}: expected exec -- CMD, the only command with a --; see --help`);
   }
-  const options = parsed.data;
   if (resolveSource(options) === "billing" && options.allowances.length + options.projects.length > 0) {
     const place = options.projects[0] ? `--project "${options.projects[0]}"` : "--allowance";
     throw new UsageError(`${place}: expected --source costs with it, billing cannot tell; see --help`);
@@ -273,27 +233,27 @@ export const AmountSchema = z
 /** Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
 const SecondsSchema = z.number().min(1e9).max(1e10);
 
-const CurrencySchema = z
-  .string()
-  .regex(/^[a-z]{3}$/i)
-  .toLowerCase()
-  .nullish()
-  .transform((code) => code ?? "usd");
-
 const JsonSchema = z.looseObject({});
 const ListSchema = z.array(z.unknown());
 
+/** Parses JSON; undefined for a text that is none. */
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+const CurrencySchema = z.string().regex(/^[a-z]{3}$/i);
+
 export const CostRowSchema = z
-  .object({ amount: z.object({ value: AmountSchema, currency: CurrencySchema }) })
-  .transform(({ amount }) => ({ cost: amount.value, currency: amount.currency }));
+  .object({ amount: z.object({ value: AmountSchema, currency: CurrencySchema.nullish() }) })
+  .transform(({ amount }) => ({ cost: amount.value, currency: amount.currency?.toLowerCase() ?? "usd" }));
 
 /** `input_tokens` holds the cached ones already. A long name would make globs slow. */
 export const UsageRowSchema = z
-  .object({
-    input_tokens: z.int().min(0),
-    output_tokens: z.int().min(0),
-    model: z.string().max(256).nullable(),
-  })
+  .object({ input_tokens: z.int().min(0), output_tokens: z.int().min(0), model: z.string().max(256).nullable() })
   .transform((row) => ({ tokens: row.input_tokens + row.output_tokens, model: row.model ?? "" }));
 
 /** A day of costs or of tokens. Older answers call `results` `result`. */
@@ -361,19 +321,11 @@ export function formatAmount(amount: number): string {
   return String(Number(amount.toPrecision(12)));
 }
 
-/** `90_500` → `"90 s"` */
-function formatAge(ms: number): string {
-  return `${Math.floor(ms / SECOND)} s`;
-}
-
 /** Whether a model's name fits `patterns`: `matchesModel("*-mini*,o?", "gpt-4o-mini-2024-07-18")` → true */
 export function matchesModel(patterns: string, model: string): boolean {
+  const globs: Record<string, string> = { "*": ".*", "?": "." };
   return patterns.split(",").some((pattern) => {
-    const globs = new Map([
-      ["*", ".*"],
-      ["?", "."],
-    ]);
-    const source = pattern.replace(/[^\w]/g, (sign) => globs.get(sign) ?? `\\${sign}`);
+    const source = pattern.replace(/[^\w]/g, (sign) => globs[sign] ?? `\\${sign}`);
     return new RegExp(`^${source}$`, "s").test(model);
   });
 }
@@ -386,12 +338,9 @@ export function parseRetryAfter(header: string | null, now: number): number {
 }
 
 /** ms until the next look after `failures` failed ones in a row: 5 s (or the interval), doubling to 5 min. */
-export function computeBackoff(
-  failures: number,
-  { intervalMs, retryAfterMs }: Record<"intervalMs" | "retryAfterMs", number>,
-): number {
-  const first = Math.min(5 * SECOND, intervalMs);
-  return Math.max(Math.min(first * 2 ** (failures - 1), 5 * MINUTE), retryAfterMs);
+export function computeBackoff(failures: number, waits: Record<"intervalMs" | "retryAfterMs", number>): number {
+  const first = Math.min(5 * SECOND, waits.intervalMs);
+  return Math.max(Math.min(first * 2 ** (failures - 1), 5 * MINUTE), waits.retryAfterMs);
 }
 
 /**
@@ -422,11 +371,7 @@ type Row = z.output<typeof CostRowSchema> | z.output<typeof UsageRowSchema>;
 export type Entry = { day: string } & Row;
 
 /** What an answer holds: `next` is the cursor of the next page, `problem` why the look has failed. */
-export interface Page {
-  entries: Entry[];
-  next: string | null;
-  problem: string | null;
-}
+export type Page = { entries: Entry[]; next: string | null; problem: string | null };
 
 function explain(error: z.ZodError): string {
   const [issue] = error.issues;
@@ -467,13 +412,11 @@ export function readBilling(body: unknown, today: string): Page {
   const problems: string[] = [];
   const { daily_costs } = JsonSchema.safeParse(body).data ?? {};
   const currency = "usd";
-  const entries = readEach(daily_costs ?? [], { schema: BillingDaySchema, problems }).flatMap(
-    ({ timestamp, line_items }) => {
-      const day = formatDay(timestamp * SECOND);
-      const items = readEach(line_items, { schema: BillingItemSchema, problems });
-      return items.map(({ cost }) => ({ day, cost: Math.max(cost, 0) / 100, currency }));
-    },
-  );
+  const entries = readEach(daily_costs ?? [], { schema: BillingDaySchema, problems }).flatMap((bucket) => {
+    const day = formatDay(bucket.timestamp * SECOND);
+    const items = readEach(bucket.line_items, { schema: BillingItemSchema, problems });
+    return items.map(({ cost }) => ({ day, cost: Math.max(cost, 0) / 100, currency }));
+  });
   const envelope = BillingSchema.safeParse(body);
   if (!envelope.success) problems.push(explain(envelope.error));
   const total = (envelope.data?.total_usage ?? 0) / 100;
@@ -501,13 +444,8 @@ export interface Reading {
   retryAfterMs: number;
 }
 
-/** A reading at a time, under the user's options. */
-export interface Moment {
-  /** ms since 1970 */
-  now: number;
-  reading: Reading;
-  options: Options;
-}
+/** A reading at `now` (ms since 1970), under the user's options. */
+export type Moment = { now: number; reading: Reading; options: Options };
 
 /** Nothing seen yet. */
 export const UNSEEN: Reading = { asOfMs: null, days: {}, currency: null, tokens: [], error: null, retryAfterMs: 0 };
@@ -553,19 +491,19 @@ export function mergeLook(reading: Reading, look: Reading): Reading {
 
 /** The days from `first` on and their sum, null where none was seen; a clock that is behind hides no day. */
 function sumSince(first: string, byDay: ByDay = {}): { total: number; days: ByDay } | null {
-  const seen = Object.entries(byDay)
-    .filter(([day]) => day >= first)
-    .sort();
+  const seen = Object.entries(byDay).filter(([day]) => day >= first);
   if (seen.length === 0) return null;
-  return { total: seen.reduce((sum, [, count]) => sum + count, 0), days: Object.fromEntries(seen) };
+  return { total: seen.reduce((sum, [, count]) => sum + count, 0), days: Object.fromEntries(seen.sort()) };
 }
 
-export interface Decision {
-  /** What STATUS answers: true is TRUE, stop. */
-  open: boolean;
-  reason: Info["reason"];
-  message: string;
+/** The allowances, and the tokens of today that count toward each; null where none was looked for yet. */
+function listAllowances({ now, reading, options }: Moment): Info["allowances"] {
+  const { today } = listDays(now);
+  const use = (index: number) => sumSince(today, reading.tokens[index])?.total ?? null;
+  return options.allowances.map(({ models, limit }, index) => ({ models, used: use(index), limit }));
 }
+
+export type Decision = Pick<Info, "open" | "reason" | "message">;
 
 /** What a reading means at `now`. The order is the contract: a cost that was seen wins. */
 export function decide({ now, reading, options }: Moment): Decision {
@@ -577,38 +515,30 @@ export function decide({ now, reading, options }: Moment): Decision {
     const parts = costs.map(([day, cost]) => `${formatAmount(cost)} ${currency} on ${day}`);
     return { open: true, reason: "cost", message: `${parts.join(" and ")} (UTC)` };
   }
-  for (const [index, { models, limit }] of options.allowances.entries()) {
-    const used = sumSince(today, reading.tokens[index])?.total ?? 0;
-    if (used < limit) continue;
-    return {
-      open: true,
-      reason: "allowance",
-      message: `${used} of ${limit} tokens of ${models} used on ${today} (UTC)`,
-    };
+  const full = listAllowances({ now, reading, options }).find(({ used, limit }) => (used ?? 0) >= limit);
+  if (full) {
+    const message = `${full.used} of ${full.limit} tokens of ${full.models} used on ${today} (UTC)`;
+    return { open: true, reason: "allowance", message };
   }
   const ageMs = asOfMs === null ? Infinity : now - asOfMs;
   if (Math.abs(ageMs) <= options.maxAgeMs) {
     const cost = total > 0 ? `${formatAmount(total)} ${currency}, within the threshold,` : "no cost";
     return { open: false, reason: "none", message: `${cost} on ${yesterday} and ${today} (UTC)` };
   }
-  const past = ageMs > 0 ? `is ${formatAge(ageMs)} old` : "lies in the future, check this machine's clock";
+  const past = ageMs > 0 ? `is ${Math.floor(ageMs / SECOND)} s old` : "lies in the future, check this machine's clock";
   const cause = asOfMs === null ? "no good look at the account yet" : `the last good look ${past}`;
   return { open: options.whenUnknown, reason: "unknown", message: error === null ? cause : `${cause}: ${error}` };
 }
 
 /** The INFO object of a reading at `now`, for a breaker that started at `startedMs`. */
 export function describe({ now, reading, options, startedMs }: Moment & { startedMs: number }): Info {
-  const { yesterday, today } = listDays(now);
   const { asOfMs, currency, error } = reading;
-  const window = sumSince(yesterday, reading.days);
+  const window = sumSince(listDays(now).yesterday, reading.days);
   return {
     ...decide({ now, reading, options }),
     cost: window && { total: window.total, currency: currency ?? "usd", days: window.days },
     threshold: options.thresholdUsd,
-    allowances: options.allowances.map(({ models, limit }, index) => {
-      const used = sumSince(today, reading.tokens[index])?.total ?? null;
-      return { models, used, limit };
-    }),
+    allowances: listAllowances({ now, reading, options }),
     asOf: asOfMs === null ? null : new Date(asOfMs).toISOString(),
     ageSeconds: asOfMs === null ? null : Math.max(0, Math.floor((now - asOfMs) / SECOND)),
     error,
@@ -623,10 +553,7 @@ export function describe({ now, reading, options, startedMs }: Moment & { starte
 // One connection, one question, answered by one row of this table.
 
 /** What a reply may draw on. */
-export interface View {
-  decide(): Decision;
-  describe(): Info;
-}
+export type View = { decide: () => Decision; describe: () => Info };
 
 export interface Question {
   name: string;
@@ -672,11 +599,10 @@ export function findQuestion(line: string, { isLocal }: { isLocal: () => boolean
 const MAX_LINE_BYTES = 256;
 const MAX_MCP_LINE_BYTES = 64 * 1024;
 
+type Cut = { line: string; rest: Buffer } | "incomplete" | "too long";
+
 /** Cuts the first line off `input`; at the end of the input an unfinished one counts as a line. */
-export function takeLine(
-  input: Buffer,
-  { ended, limit }: { ended: boolean; limit: number },
-): { line: string; rest: Buffer } | "incomplete" | "too long" {
+export function takeLine(input: Buffer, { ended, limit }: { ended: boolean; limit: number }): Cut {
   const newline = input.indexOf(10);
   const end = newline < 0 ? input.length : newline;
   if (end - (input[end - 1] === 13 ? 1 : 0) > limit) return "too long";
@@ -749,12 +675,8 @@ function fail(id: Id | undefined, error: { code: number; message: string; data?:
 
 /** Answers one line of MCP, bad ones too. */
 export function answerMcp(line: string): McpAnswer {
-  let json: unknown;
-  try {
-    json = JSON.parse(line);
-  } catch {
-    return fail(undefined, { code: -32700, message: "Not JSON" });
-  }
+  const json = parseJson(line);
+  if (json === undefined) return fail(undefined, { code: -32700, message: "Not JSON" });
   const envelope = JsonSchema.safeParse(json).data ?? {};
   const id = IdSchema.safeParse(envelope["id"]).data;
   const message = MessageSchema.safeParse(json);
@@ -785,10 +707,8 @@ export function answerMcp(line: string): McpAnswer {
   return answerRequest(id, { method, params: known.data, modern });
 }
 
-function answerRequest(
-  id: Id,
-  { method, params, modern }: { method: string; params: Json; modern: boolean },
-): McpAnswer {
+function answerRequest(id: Id, call: { method: string; params: Json; modern: boolean }): McpAnswer {
+  const { method, params, modern } = call;
   const invalid = (message: string) => fail(id, { code: -32602, message });
   const envelope = modern ? { resultType: "complete", _meta: { [`${META}serverInfo`]: SERVER_INFO } } : {};
   const cached = modern ? { ttlMs: HOUR, cacheScope: "public" } : {};
@@ -835,9 +755,8 @@ export interface Surroundings {
   /** The wall clock, ms since 1970. */
   now: () => number;
   stdin: AsyncIterable<Uint8Array>;
-  /** To stdout, as it is. */
+  /** To stdout as it is, and to stderr as a line. */
   print: (text: string) => void;
-  /** To stderr, as a line. */
   log: (text: string) => void;
   coloured: boolean;
 }
@@ -849,10 +768,22 @@ export interface World extends Surroundings {
   signal: AbortSignal;
 }
 
+/** How long a peer that makes no progress gets, a breaker that does not answer, and a command that was told to end. */
+const PATIENCE_MS = 10 * SECOND;
 const CHILD_OUTPUT_LENGTH = 64 * 1024;
 
 function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
+}
+
+/** Waits as long as something holds, `limitMs` at most; false where it still holds then. */
+async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<boolean> {
+  const endMs = performance.now() + limitMs;
+  while (holds()) {
+    if (performance.now() > endMs) return false;
+    await Bun.sleep(10);
+  }
+  return true;
 }
 
 /** The environment of a child: with `extra`, and without the key, by its name or by its value. */
@@ -891,20 +822,12 @@ export async function runProgram(
     kill(-child.pid, "SIGKILL");
     killed.resolve(null);
   };
-  const timer = setTimeout(end, limitMs);
-  signal.addEventListener("abort", end);
+  const limit = AbortSignal.any([signal, AbortSignal.timeout(limitMs)]);
+  limit.addEventListener("abort", end);
   const ended = Promise.all([child.exited, collect("stdout"), collect("stderr")]);
   const code = await Promise.race([ended.then(([exitCode]) => exitCode), killed.promise]);
-  clearTimeout(timer);
-  signal.removeEventListener("abort", end);
+  limit.removeEventListener("abort", end);
   return { code, ...printed };
-}
-
-export interface KeySource {
-  /** The key, fetched when first needed; throws an Error that says what to do. */
-  read(): Promise<string>;
-  /** Lets the next read fetch it afresh. */
-  forget(): void;
 }
 
 /** The first line of `pass show -- ENTRY`; throws an Error that says what to do. */
@@ -926,19 +849,18 @@ async function readPass({ options: { passEntry: entry }, env, signal }: World): 
 }
 
 /** The key: OPENAI_ADMIN_KEY, else from pass. */
-export function createKeySource(world: World): KeySource {
-  const { options, env } = world;
+export function createKeySource(world: World) {
   let known: Promise<string> | null = null;
   const fetchKey = async () => {
-    const [place, line] = env["OPENAI_ADMIN_KEY"]
-      ? ["OPENAI_ADMIN_KEY", env["OPENAI_ADMIN_KEY"]]
-      : [`the first line of ${options.passEntry} in pass`, await readPass(world)];
-    const key = KeySchema.safeParse(line.trim());
+    const given = world.env["OPENAI_ADMIN_KEY"];
+    const key = KeySchema.safeParse((given || (await readPass(world))).trim());
     if (key.success) return key.data;
+    const place = given ? "OPENAI_ADMIN_KEY" : `the first line of ${world.options.passEntry} in pass`;
     throw new Error(`${place} does not look like a key; put an admin key there`);
   };
   return {
-    async read() {
+    /** The key, fetched when first needed; throws an Error that says what to do. */
+    async read(): Promise<string> {
       const reading = (known ??= fetchKey());
       try {
         return await reading;
@@ -947,11 +869,14 @@ export function createKeySource(world: World): KeySource {
         throw new Error(`Cannot read the key: ${messageOf(error)}`);
       }
     },
+    /** Lets the next read fetch it afresh. */
     forget() {
       known = null;
     },
   };
 }
+
+export type KeySource = ReturnType<typeof createKeySource>;
 
 // ── Effects: the look ───────────────────────────────────────────────────────────────────────────
 
@@ -960,40 +885,25 @@ const MAX_PAGES = 20;
 const MAX_CLOCK_SKEW_MS = 10 * MINUTE;
 const KEYS_URL = "https://platform.openai.com/settings/organization/admin-keys";
 
-interface Endpoint {
-  what: string;
-  path: string;
-  search: URLSearchParams;
-  read: (body: unknown) => Page;
-}
+/** A list to read, page by page; `path` has a query. */
+type Endpoint = { what: string; path: string; read: (body: unknown) => Page };
 
 /** The endpoints that a look at `now` asks. */
 function listEndpoints(options: Options, now: number): Endpoint[] {
   const { yesterday, today, tomorrow } = listDays(now);
   if (resolveSource(options) === "billing") {
-    const search = new URLSearchParams({ start_date: yesterday, end_date: tomorrow });
-    const read = (body: unknown) => readBilling(body, today);
-    return [{ what: "the billing usage", path: "/dashboard/billing/usage", search, read }];
+    const path = `/dashboard/billing/usage?start_date=${yesterday}&end_date=${tomorrow}`;
+    return [{ what: "the billing usage", path, read: (body) => readBilling(body, today) }];
   }
-  const searchFrom = (start: string, name: string, values: string[]) => {
-    const start_time = String(Date.parse(start) / SECOND);
-    const search = new URLSearchParams({ start_time, bucket_width: "1d", limit: "31" });
-    for (const value of values) search.append(name, value);
-    return search;
-  };
-  const costs: Endpoint = {
-    what: "the costs",
-    path: "/organization/costs",
-    search: searchFrom(yesterday, "project_ids[]", options.projects),
-    read: (body) => readPage(body, CostRowSchema),
-  };
-  const usage: Endpoint = {
-    what: "the token usage",
-    path: "/organization/usage/completions",
-    search: searchFrom(today, "group_by[]", ["model"]),
-    read: (body) => readPage(body, UsageRowSchema),
-  };
-  return options.allowances.length > 0 ? [costs, usage] : [costs];
+  const daysFrom = (start: string) => `start_time=${Date.parse(start) / SECOND}&bucket_width=1d&limit=31`;
+  const projects = options.projects.map((id) => `&project_ids%5B%5D=${encodeURIComponent(id)}`).join("");
+  const costs = `/organization/costs?${daysFrom(yesterday)}${projects}`;
+  const usage = `/organization/usage/completions?${daysFrom(today)}&group_by%5B%5D=model`;
+  const endpoints: Endpoint[] = [
+    { what: "the costs", path: costs, read: (body) => readPage(body, CostRowSchema) },
+    { what: "the token usage", path: usage, read: (body) => readPage(body, UsageRowSchema) },
+  ];
+  return options.allowances.length > 0 ? endpoints : endpoints.slice(0, 1);
 }
 
 /** What to do about an answer with another status than 200. */
@@ -1017,15 +927,6 @@ async function readBody(response: Response): Promise<string | null> {
     text += decoder.decode(chunk, { stream: true });
   }
   return text + decoder.decode();
-}
-
-/** Parses JSON; undefined for a text that is none. */
-function parseJson(text: string): unknown {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return undefined;
-  }
 }
 
 /** Looks at the account once; `onSeen` hears what was seen so far. Never throws: a failed look holds its `error`. */
@@ -1071,9 +972,10 @@ export function createLook({ options, now, signal }: World, key: KeySource): Loo
     let secret = "";
 
     /** Books every page of an endpoint. */
-    async function readPages({ path, search, read }: Endpoint): Promise<void> {
-      for (const cursors = new Set<string>(); ;) {
-        const page = read(await request(`${path}?${search}`, { secret, look }));
+    async function readPages({ path, read }: Endpoint): Promise<void> {
+      const cursors = new Set<string>();
+      for (let query = ""; ;) {
+        const page = read(await request(path + query, { secret, look }));
         const complaint = bookEntries(look, { entries: page.entries, now: beganMs, options });
         onSeen(look);
         const problem = page.problem ?? complaint;
@@ -1081,21 +983,20 @@ export function createLook({ options, now, signal }: World, key: KeySource): Loo
         if (page.next === null) return;
         if (cursors.has(page.next)) throw new Error("next_page repeats itself, the pages have no end");
         if (cursors.add(page.next).size === MAX_PAGES) throw new Error(`there are more than ${MAX_PAGES} pages`);
-        search.set("page", page.next);
+        query = `&page=${encodeURIComponent(page.next)}`;
       }
     }
 
     const note = (error: unknown, what: string) => (look.error ??= redact(what + messageOf(error), secret));
     try {
       secret = await key.read();
+      const reads = listEndpoints(options, beganMs).map((endpoint) =>
+        readPages(endpoint).catch((error) => note(error, `Cannot read ${endpoint.what}: `)),
+      );
+      await Promise.all(reads);
     } catch (error) {
       note(error, "");
-      return look;
     }
-    const reads = listEndpoints(options, beganMs).map((endpoint) =>
-      readPages(endpoint).catch((error) => note(error, `Cannot read ${endpoint.what}: `)),
-    );
-    await Promise.all(reads);
     if (look.error !== null) return look;
     // A good look is complete: a day without a row had no cost.
     const tokens = look.tokens.map((used) => ({ [today]: 0, ...used }));
@@ -1109,20 +1010,11 @@ export function createLook({ options, now, signal }: World, key: KeySource): Loo
 /** A wall clock that moves this far between two ticks was asleep, or was set. */
 const SLEEP_GAP_MS = 10 * SECOND;
 
-export interface Watch extends View {
-  /** Resolves when the answers rest on a look, after `--timeout` at the latest; null when they do already. */
-  settled(): Promise<void> | null;
-  /** Looks now, or once more where a look is under way; the first call starts the watch. */
-  hurry(): void;
-  /** To be called every second: age and midnight change the answer without a look. */
-  tick(): void;
-}
+/** What a watch looks with, and what hears INFO after each look and tick. */
+type Looking = { look: LookAt; onAnswer: (info: Info) => void };
 
 /** Looks again and again until the end; `onAnswer` hears INFO at every look and tick after the first look. */
-export function startWatch(
-  { options, now, signal }: World,
-  { look, onAnswer }: { look: LookAt; onAnswer: (info: Info) => void },
-): Watch {
+export function startWatch({ options, now, signal }: World, { look, onAnswer }: Looking) {
   const startedMs = now();
   let reading = UNSEEN;
   let lastTickMs = startedMs;
@@ -1184,38 +1076,36 @@ export function startWatch(
   return {
     decide: atNow(decide),
     describe: describeNow,
+    /** Looks now, or once more where a look is under way; the first call starts the watch. */
     hurry: () => pause.resolve(),
-    tick() {
+    /** To be called every second: age and midnight change the answer without a look. */
+    tick(): void {
       noticeSleep();
       lastTickMs = now();
       if (awaited === null) onAnswer(describeNow());
     },
-    settled() {
+    /** Resolves when the answers rest on a look, after `--timeout` at the latest; null when they do already. */
+    settled(): Promise<void> | null {
       noticeSleep();
       if (awaited === null || signal.aborted) return null;
-      const bound = Promise.withResolvers<void>();
-      const timer = setTimeout(bound.resolve, options.timeoutMs);
-      return Promise.race([settled.promise, bound.promise]).finally(() => clearTimeout(timer));
+      return Promise.race([settled.promise, Bun.sleep(options.timeoutMs)]);
     },
   };
 }
+
+export type Watch = ReturnType<typeof startWatch>;
 
 // ── Effects: the server ─────────────────────────────────────────────────────────────────────────
 
 const MAX_CONNECTIONS = 1024;
 const MAX_ASKED = 128;
 const MAX_OUTBOX_LENGTH = 64 * 1024;
-const PEER_LIMIT_MS = 10 * SECOND;
 const NOTHING: Buffer = Buffer.alloc(0);
 
 /** A conversation in MCP: `ask` brings the INFO object, `send` takes an answer without its newline. */
 export function createMcp({ ask, send }: { ask: () => Info | Promise<Info>; send: (text: string) => void }) {
   /** Requests that wait for INFO; one that is cancelled gets no answer. */
-  const asked = new Map<Id, (info: Info) => string>();
-  function finish(id: Id, info: Info): void {
-    const format = asked.get(id);
-    if (asked.delete(id) && format) send(format(info));
-  }
+  const asked = new Set<Id>();
   function hear(line: string): void {
     const answer = line.trim() ? answerMcp(line) : { kind: "none" as const };
     switch (answer.kind) {
@@ -1226,11 +1116,14 @@ export function createMcp({ ask, send }: { ask: () => Info | Promise<Info>; send
       case "cancel":
         return void asked.delete(answer.id);
       case "ask": {
-        const { id } = answer;
-        asked.set(id, answer.finish);
+        const { id, finish } = answer;
+        const reply = (info: Info) => {
+          if (asked.delete(id)) send(finish(info));
+        };
+        asked.add(id);
         const info = ask();
-        if (info instanceof Promise) info.then((later) => finish(id, later)).catch(() => asked.clear());
-        else finish(id, info);
+        if (info instanceof Promise) info.then(reply).catch(() => asked.clear());
+        else reply(info);
       }
     }
   }
@@ -1251,23 +1144,10 @@ interface Peer {
   mcp: ReturnType<typeof createMcp> | null;
 }
 
-export interface Server {
-  port: number;
-  /** To be called every second: cuts off peers whose time is up. */
-  tick(): void;
-  /** Listens no more, lets answers under way arrive for up to a second, then closes everything. */
-  stop(): Promise<void>;
-}
-
 /** Answers questions over TCP. Throws an Error where it cannot listen. */
-export function startServer({ options: { host, port } }: World, watch: Watch): Server {
+export function startServer({ options: { host, port } }: World, watch: Watch) {
   const peers = new Set<Bun.Socket<Peer>>();
   let pumping = false;
-
-  /** Whether the peer is this machine: on loopback, or at the very address that it connected to. */
-  function isLocal({ remoteAddress, localAddress }: Bun.Socket<Peer>): boolean {
-    return isLoopback(remoteAddress) || remoteAddress === localAddress;
-  }
 
   /** Answers the one question of a connection, now or once the answer rests on a look. */
   function answer(socket: Bun.Socket<Peer>, question: Question): void {
@@ -1288,18 +1168,6 @@ export function startServer({ options: { host, port } }: World, watch: Watch): S
     });
   }
 
-  function beginMcp(socket: Bun.Socket<Peer>): void {
-    const peer = socket.data;
-    peer.phase = "mcp";
-    peer.mcp = createMcp({
-      ask: () => watch.settled()?.then(watch.describe) ?? watch.describe(),
-      send(text) {
-        peer.outbox += `${text}\n`;
-        if (!pumping) pump(socket);
-      },
-    });
-  }
-
   /** Takes one line from the input and sees to it; false where there is none to take now. */
   function readLine(socket: Bun.Socket<Peer>): boolean {
     const peer = socket.data;
@@ -1307,16 +1175,25 @@ export function startServer({ options: { host, port } }: World, watch: Watch): S
     if (phase !== "asking" && phase !== "mcp") return false;
     if (input.length === 0 && (phase === "mcp" || !ended)) return false;
     if (peer.outbox.length > MAX_OUTBOX_LENGTH || (peer.mcp?.asked.size ?? 0) >= MAX_ASKED) return false;
+    // This machine is on loopback, or at the very address that it connected to.
+    const isLocal = () => isLoopback(socket.remoteAddress) || socket.remoteAddress === socket.localAddress;
     const braced = phase === "mcp" || beginsMcp(input);
     const cut = takeLine(input, { ended, limit: braced ? MAX_MCP_LINE_BYTES : MAX_LINE_BYTES });
-    if (braced && !peer.mcp && !isLocal(socket)) answer(socket, NOT_ALLOWED);
+    if (braced && !peer.mcp && !isLocal()) answer(socket, NOT_ALLOWED);
     else if (cut === "too long") answer(socket, TOO_LONG);
     else if (cut === "incomplete") return false;
-    else if (!braced) answer(socket, findQuestion(cut.line, { isLocal: () => isLocal(socket) }));
+    else if (!braced) answer(socket, findQuestion(cut.line, { isLocal }));
     else {
-      if (!peer.mcp) beginMcp(socket);
+      peer.phase = "mcp";
+      peer.mcp ??= createMcp({
+        ask: () => watch.settled()?.then(watch.describe) ?? watch.describe(),
+        send(text) {
+          peer.outbox += `${text}\n`;
+          if (!pumping) pump(socket);
+        },
+      });
       peer.input = cut.rest;
-      peer.mcp?.hear(cut.line);
+      peer.mcp.hear(cut.line);
     }
     return true;
   }
@@ -1330,7 +1207,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch): S
     }
     if (peer.unsent.length === 0) return false;
     const taken = Math.max(socket.write(peer.unsent), 0);
-    if (taken > 0 || peer.deadlineMs === Infinity) peer.deadlineMs = performance.now() + PEER_LIMIT_MS;
+    if (taken > 0 || peer.deadlineMs === Infinity) peer.deadlineMs = performance.now() + PATIENCE_MS;
     peer.unsent = peer.unsent.subarray(taken);
     return peer.unsent.length === 0;
   }
@@ -1347,7 +1224,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch): S
     const finished = peer.phase === "answered" || (peer.ended && peer.mcp?.asked.size === 0);
     if (!stuck && finished) {
       peer.phase = "closed";
-      peer.deadlineMs = performance.now() + PEER_LIMIT_MS;
+      peer.deadlineMs = performance.now() + PATIENCE_MS;
       socket.shutdown();
     } else if (peer.phase === "mcp") {
       if (!stuck) peer.deadlineMs = Infinity;
@@ -1362,7 +1239,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch): S
     allowHalfOpen: true,
     socket: {
       open(socket) {
-        const deadlineMs = performance.now() + PEER_LIMIT_MS;
+        const deadlineMs = performance.now() + PATIENCE_MS;
         const buffers = { input: NOTHING, outbox: "", unsent: NOTHING };
         socket.data = { phase: "asking", ended: false, ...buffers, deadlineMs, mcp: null };
         peers.add(socket);
@@ -1394,15 +1271,17 @@ export function startServer({ options: { host, port } }: World, watch: Watch): S
 
   return {
     port: listener.port,
-    tick() {
+    /** To be called every second: cuts off peers whose time is up. */
+    tick(): void {
       const nowMs = performance.now();
       for (const socket of peers) if (nowMs >= socket.data.deadlineMs) socket.terminate();
     },
-    async stop() {
+    /** Listens no more, lets answers under way arrive for up to a second, then closes everything. */
+    async stop(): Promise<void> {
       listener.stop();
       const isIdle = ({ phase, mcp }: Peer) => phase === "asking" || (phase === "mcp" && mcp?.asked.size === 0);
       for (const socket of peers) if (isIdle(socket.data)) socket.terminate();
-      for (const endMs = performance.now() + SECOND; peers.size > 0 && performance.now() < endMs;) await Bun.sleep(5);
+      await waitWhile(() => peers.size > 0, SECOND);
       listener.stop(true);
     },
   };
@@ -1441,11 +1320,7 @@ export function createHooks({ options, env, signal, log }: World): (info: Info) 
 // ── Effects: asking a running breaker ───────────────────────────────────────────────────────────
 
 /** A TCP address, and how long to wait for an answer from it. */
-interface Address {
-  host: string;
-  port: number;
-  timeoutMs: number;
-}
+type Address = Pick<Options, "host" | "port" | "timeoutMs">;
 
 /** Asks one question; throws an Error that says what to do where nothing answers. */
 export async function ask(question: string, { host, port, timeoutMs }: Address): Promise<string> {
@@ -1454,7 +1329,7 @@ export async function ask(question: string, { host, port, timeoutMs }: Address):
   let text = "";
   const refuse = (cause: string) =>
     answered.reject(new Error(`No breaker answers at ${hostname}:${port}, ${cause}; start one with: bun breaker.ts`));
-  const timer = setTimeout(refuse, timeoutMs, `nothing came within ${formatAge(timeoutMs)}`);
+  const timer = setTimeout(refuse, timeoutMs, `nothing came within ${Math.floor(timeoutMs / SECOND)} s`);
   const connecting = Bun.connect({
     hostname,
     port,
@@ -1466,7 +1341,6 @@ export async function ask(question: string, { host, port, timeoutMs }: Address):
       },
       close: () => (text.endsWith("\n") ? answered.resolve() : refuse("the connection closed without an answer")),
       error: (_, error) => refuse(error.message),
-      connectError: (_, error) => refuse(error.message),
     },
   });
   connecting.catch((error) => refuse(messageOf(error)));
@@ -1501,16 +1375,19 @@ interface Process {
   parent: number;
   /** Tells a process from a later one with the same pid. */
   started: string;
+  /** Whether its group is the one that the terminal sends a SIGINT to. */
+  foreground: boolean;
   words: string[];
 }
 
 /** The processes that run on this machine, without those that have ended and wait for their parents. */
 function listProcesses(): Process[] {
   if (existsSync("/proc/self/stat")) return readdirSync("/proc").flatMap(readProcess);
-  const lines = Bun.spawnSync(["ps", "-A", "-o", "pid=,ppid=,lstart=,args="]).stdout.toString().split("\n");
-  return lines.flatMap((line) => {
-    const [, pid, parent, started = "", args = ""] = /^ *(\d+) +(\d+) +((?:\S+ +){4}\S+) (.*)$/.exec(line) ?? [];
-    return pid ? [{ pid: Number(pid), parent: Number(parent), started, words: args.trim().split(/ +/) }] : [];
+  const ran = Bun.spawnSync(["ps", "-A", "-o", "pid=,ppid=,stat=,lstart=,args="]);
+  const form = /^ *(\d+) +(\d+) +([^Z ]\S*) +((?:\S+ +){4}\S+) (.*)$/gm;
+  return [...ran.stdout.toString().matchAll(form)].map(([, pid, parent, state = "", started = "", args = ""]) => {
+    const words = args.trim().split(/ +/);
+    return { pid: Number(pid), parent: Number(parent), started, foreground: state.includes("+"), words };
   });
 }
 
@@ -1519,9 +1396,10 @@ function readProcess(name: string): Process[] {
   try {
     const pid = z.coerce.number().parse(name);
     const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-    const [state, parent, ...fields] = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
+    const [state, parent, group, , , terminalGroup, ...fields] = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
     const words = readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0").slice(0, -1);
-    return state === "Z" ? [] : [{ pid, parent: Number(parent), started: fields[17] ?? "", words }];
+    const foreground = group === terminalGroup;
+    return state === "Z" ? [] : [{ pid, parent: Number(parent), started: fields[13] ?? "", foreground, words }];
   } catch {
     return [];
   }
@@ -1541,13 +1419,12 @@ function isServing(pid: number): boolean {
 }
 
 /** Ends the breaker that answers at `address`, and waits until it is gone; throws where that cannot be. */
-async function stopBreaker(address: Address): Promise<void> {
+async function stopBreaker(address: Address): Promise<number> {
   const { pid } = await askInfo(address);
   if (!isServing(pid)) throw new Error(`Process ${pid} is no breaker of this machine; stop the breaker where it runs`);
   if (!kill(pid, "SIGTERM")) throw new Error(`Process ${pid} cannot be stopped; try it as the user who started it`);
-  for (const endMs = performance.now() + address.timeoutMs; isServing(pid); await Bun.sleep(20)) {
-    if (performance.now() > endMs) throw new Error(`Process ${pid} does not stop; end it with: kill -9 ${pid}`);
-  }
+  if (await waitWhile(() => isServing(pid), address.timeoutMs)) return EXIT.closed;
+  throw new Error(`Process ${pid} does not stop; end it with: kill -9 ${pid}`);
 }
 
 /** The members of `family` that still run, and all that descend from them. */
@@ -1564,25 +1441,19 @@ function updateFamily(family: Process[]): Process[] {
 /** Whether a SIGINT of now comes from the terminal, which sends it to the whole foreground group. */
 function isForeground(): boolean {
   if (!process.stdin.isTTY && !process.stdout.isTTY && !process.stderr.isTTY) return false;
-  if (!existsSync("/proc/self/stat")) return true;
-  const [, , group, , , foreground] = readFileSync("/proc/self/stat", "utf8")
-    .replace(/^.*\) /s, "")
-    .split(" ");
-  return group === foreground;
+  return listProcesses().some(({ pid, foreground }) => foreground && pid === process.pid);
 }
-
-const UNANSWERED_LIMIT_MS = 10 * SECOND;
-const TERM_LIMIT_MS = 10 * SECOND;
 
 /**
  * Runs a command as long as the breaker is closed; gives its exit code, 75 where the breaker refused or
  * stopped it. Throws where no breaker answers at the start.
  */
 async function guard(argv: string[], { options, env, log }: World): Promise<number> {
-  const address: Address = { ...options, timeoutMs: UNANSWERED_LIMIT_MS };
-  const explain = async () => (await askInfo({ ...address, timeoutMs: SECOND }).catch(() => null))?.message ?? "TRUE";
+  const address: Address = { ...options, timeoutMs: PATIENCE_MS };
+  const giveReason = async () =>
+    (await askInfo({ ...address, timeoutMs: SECOND }).catch(() => null))?.message ?? "TRUE";
   if (await askStatus(address)) {
-    log(`the breaker is open, ${argv[0]} was not started: ${await explain()}`);
+    log(`the breaker is open, ${argv[0]} was not started: ${await giveReason()}`);
     return EXIT.stopped;
   }
   const signals: NodeJS.Signals[] = ["SIGINT", "SIGTERM", "SIGHUP"];
@@ -1608,11 +1479,11 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
       family = updateFamily(family);
       const askedMs = performance.now();
       try {
-        if (await askStatus(address)) return await explain();
+        if (await askStatus(address)) return await giveReason();
         failingSinceMs = Infinity;
       } catch (error) {
         failingSinceMs = Math.min(failingSinceMs, askedMs);
-        const unanswered = performance.now() - failingSinceMs >= UNANSWERED_LIMIT_MS;
+        const unanswered = performance.now() - failingSinceMs >= PATIENCE_MS;
         if (unanswered && options.whenUnknown) return messageOf(error);
       }
     }
@@ -1624,10 +1495,7 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     log(`the breaker is open, stopping ${argv[0]}: ${reason}`);
     family = updateFamily(family);
     for (const { pid } of family) kill(pid, "SIGTERM");
-    for (const endMs = performance.now() + TERM_LIMIT_MS; family.length > 0 && performance.now() < endMs;) {
-      await Bun.sleep(50);
-      family = updateFamily(family);
-    }
+    await waitWhile(() => (family = updateFamily(family)).length > 0, PATIENCE_MS);
     for (const { pid } of family) kill(pid, "SIGKILL");
     await child.exited;
     return EXIT.stopped;
@@ -1683,7 +1551,7 @@ async function serve(world: World): Promise<number> {
     runHooks(info);
   };
   const watch = startWatch(world, { look, onAnswer });
-  let server: Server;
+  let server: ReturnType<typeof startServer>;
   try {
     server = startServer(world, watch);
   } catch (error) {
@@ -1738,7 +1606,7 @@ async function check(world: World): Promise<number> {
 }
 
 /** MCP on stdin and stdout until the end of input; each call asks the running breaker. */
-async function speakMcp({ options, now, stdin, print }: World, address: Address): Promise<void> {
+async function speakMcp({ options, now, stdin, print }: World, address: Address): Promise<number> {
   const startedMs = now();
   const explainNone = (error: unknown): Info => {
     const unknown = describe({ now: now(), reading: UNSEEN, options, startedMs });
@@ -1746,24 +1614,23 @@ async function speakMcp({ options, now, stdin, print }: World, address: Address)
   };
   const send = (text: string) => print(`${text}\n`);
   const mcp = createMcp({ ask: () => askInfo(address).catch(explainNone), send });
-  const waitWhileAsked = async (most: number) => {
-    while (mcp.asked.size > most) await Bun.sleep(1);
-  };
   let input = NOTHING;
   for await (const chunk of stdin) {
     input = Buffer.concat([input, chunk]);
     for (let cut; (cut = takeLine(input, { ended: false, limit: MAX_MCP_LINE_BYTES })) !== "incomplete";) {
       if (cut === "too long") {
-        await waitWhileAsked(0);
-        return send(fail(undefined, { code: -32600, message: "Line Too Long" }).text);
+        await waitWhile(() => mcp.asked.size > 0);
+        send(fail(undefined, { code: -32600, message: "Line Too Long" }).text);
+        return EXIT.closed;
       }
       input = cut.rest;
       mcp.hear(cut.line);
-      await waitWhileAsked(MAX_ASKED);
+      await waitWhile(() => mcp.asked.size > MAX_ASKED);
     }
   }
   mcp.hear(input.toString());
-  await waitWhileAsked(0);
+  await waitWhile(() => mcp.asked.size > 0);
+  return EXIT.closed;
 }
 
 /** Runs a command line and gives its exit code; never throws. */
@@ -1792,13 +1659,11 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
         return open ? EXIT.open : EXIT.closed;
       }
       case "stop":
-        await stopBreaker(address);
-        return EXIT.closed;
+        return await stopBreaker(address);
       case "exec":
         return await guard(rest, world);
       case "mcp":
-        await speakMcp(world, address);
-        return EXIT.closed;
+        return await speakMcp(world, address);
     }
   } catch (error) {
     surroundings.log(`breaker: ${redact(messageOf(error), "")}`);
