@@ -7,10 +7,12 @@
 import { afterAll, describe as suite, expect, test } from "bun:test";
 import {
   chmodSync,
+  closeSync,
   cpSync,
   existsSync,
   mkdirSync,
   mkdtempSync,
+  openSync,
   readdirSync,
   readFileSync,
   rmSync,
@@ -27,6 +29,7 @@ import {
   computeBackoff,
   CostRowSchema,
   createKeySource,
+  createLog,
   createLook,
   decide,
   describe as describeInfo,
@@ -41,6 +44,7 @@ import {
   mergeLook,
   type Options,
   parseArguments,
+  parsePs,
   parseRetryAfter,
   QUESTIONS,
   readBilling,
@@ -493,7 +497,8 @@ suite("amounts", () => {
     ["+1", 1],
     [".5", 0.5],
     ["1e2", 100],
-    ["1E-6176", Number.MIN_VALUE],
+    ["1E-6176", 1e-300],
+    [Number.MIN_VALUE, 1e-300],
     ["", null],
     [" ", null],
     [null, null],
@@ -542,6 +547,11 @@ suite("globs", () => {
     ["gpt-(5)+", "gpt-(5)+", true],
     ["[ab]", "a", false],
     ["a*c", "a\nc", true],
+    ["*a*b", "xaxbxb", true],
+    ["a*b*c", "abcb", false],
+    ["*-*-*-*-*-*x", "-".repeat(256), false],
+    ["**", "", true],
+    ["a**", "a", true],
   ];
   test.each(globs)("%p on %p: %p", (patterns, model, expected) => {
     expect(matchesModel(patterns, model)).toBe(expected);
@@ -648,7 +658,7 @@ suite("pages and billing", () => {
       "a credit hides no cost",
       { total_usage: 0, daily_costs: [{ timestamp: day, line_items: [{ cost: -5 }, { cost: 5 }] }] },
       [
-        ["2026-11-22", 0],
+        ["2026-11-22", -0.05],
         ["2026-11-22", 0.05],
       ],
       true,
@@ -666,6 +676,17 @@ suite("pages and billing", () => {
       false,
     ],
     ["days that are no list", { total_usage: 0, daily_costs: {} }, [], false],
+    [
+      "a total beside costs and credits that cancel out",
+      { total_usage: 50, daily_costs: [{ timestamp: day, line_items: [{ cost: 100 }, { cost: -100 }] }] },
+      [
+        ["2026-11-22", 1],
+        ["2026-11-22", -1],
+        ["2026-11-23", 0.5],
+      ],
+      true,
+    ],
+    ["a total too small for a number", { total_usage: "1E-6176" }, [["2026-11-23", 0]], true],
   ];
   test.each(billing)("%s", (_, body, expected, good) => {
     const { entries, problem } = readBilling(body, "2026-11-23");
@@ -753,6 +774,20 @@ suite("the decision", () => {
       "TRUE cost",
     ],
     [
+      "a look from after midnight, the clock set back before it",
+      Date.parse("2026-11-21T23:59:59Z"),
+      seen(none, { asOfMs: Date.parse("2026-11-22T00:00:02Z") }),
+      [],
+      "TRUE unknown",
+    ],
+    [
+      "a threshold is in usd only",
+      noon,
+      seen({ "2026-11-22": 0.9 }, { currency: "gbp" }),
+      ["--threshold", "1"],
+      "TRUE cost",
+    ],
+    [
       "tokens below both limits",
       noon,
       seen(none, { tokens: [{ "2026-11-22": 99 }, { "2026-11-22": 9 }] }),
@@ -786,6 +821,12 @@ suite("the decision", () => {
   test.each(decisions)("%s", (_, now, reading, argv, expected) => {
     const { open, reason } = decide({ now, reading, options: optionsOf(...argv) });
     expect(`${open ? "TRUE" : "FALSE"} ${reason}`).toBe(expected);
+  });
+
+  test("a look grows old also while the clock stands still", () => {
+    const moment = { now: noon, reading: seen(none), options: optionsOf() };
+    expect(decide({ ...moment, elapsedMs: 10 * minute }).open).toBe(false);
+    expect(decide({ ...moment, elapsedMs: 10 * minute + 1 })).toMatchObject({ open: true, reason: "unknown" });
   });
 
   test("the message says how much, when and why", () => {
@@ -989,6 +1030,16 @@ const truths: [string, Respond, Verdict, string?][] = [
   ["a bucket without a start", body([{ results: [] }]), "TRUE unknown"],
   ["a start in milliseconds", body([{ start_time: Date.now(), results: [] }]), "TRUE unknown"],
   ["a bucket of a month", body([{ ...bucket(20, 1), end_time: bucket(0).end_time }]), "TRUE unknown"],
+  [
+    "a bucket without an end that reaches into yesterday",
+    body([{ ...bucket(2, 5), start_time: bucket(2).start_time + 3600, end_time: undefined }]),
+    "TRUE unknown",
+  ],
+  [
+    "a bucket without an end, of today",
+    body([{ ...bucket(0, 0), start_time: bucket(0).start_time + 3600, end_time: undefined }]),
+    "FALSE none",
+  ],
   ["a bucket far in the future", body([bucket(-3, 1)]), "TRUE unknown"],
   ["data that is no list", body({}), "TRUE unknown"],
   ["no data", always(http({ object: "page", has_more: false })), "TRUE unknown"],
@@ -1037,6 +1088,14 @@ const truths: [string, Respond, Verdict, string?][] = [
   ["billing: nothing", cents(0), "FALSE none", "billing"],
   ["billing: days of nothing", cents(0, [daily(1, 0), daily(0, 0)]), "FALSE none", "billing"],
   ["billing: old days only", cents(7, [daily(5, 7)]), "FALSE none", "billing"],
+  [
+    "billing: a day that begins elsewhere",
+    cents(50, [{ timestamp: daily(1).timestamp - 8 * 3600, line_items: [{ cost: 50 }] }]),
+    "TRUE unknown",
+    "billing",
+  ],
+  ["billing: a cost too small for a number", cents("1E-6176"), "TRUE cost", "billing"],
+  ["billing: a total beside a credit", cents(50, [daily(5, 100, -100)]), "TRUE cost", "billing"],
   ["billing: 0.4 cents", cents(0.4), "TRUE cost", "billing"],
   ["billing: a lifetime total", cents(1840.98), "TRUE cost", "billing"],
   ["billing: a cost yesterday", cents(0.4, [daily(1, 0.4), daily(0, 0)]), "TRUE cost", "billing"],
@@ -1189,7 +1248,7 @@ suite("the truth", () => {
       source: "costs",
       version: VERSION,
     });
-    expect(formatCheck(info, { now: Date.now, coloured: true })).toContain("\x1b[1;31mopen\x1b[0m");
+    expect(formatCheck(info, { now: Date.now(), coloured: true })).toContain("\x1b[1;31mopen\x1b[0m");
   });
 });
 
@@ -1699,6 +1758,34 @@ function startLiar(text: string) {
 
 const withKey = { env: { OPENAI_ADMIN_KEY: KEY } };
 
+test("the lines of ps are read, without those that have ended", () => {
+  const lines = [
+    "    1     0 Ss   Mon Nov  2 09:52:01 2026 /sbin/launchd",
+    "  711     1 S+   Mon Nov 23 11:04:57 2026 /opt/bun -i breaker.ts --port 5556",
+    "  712   711 Z    Mon Nov 23 11:04:58 2026 (sh)",
+  ];
+  expect(parsePs(lines.join("\n"))).toEqual([
+    { pid: 1, parent: 0, started: "Mon Nov  2 09:52:01 2026", foreground: false, words: ["/sbin/launchd"] },
+    {
+      pid: 711,
+      parent: 1,
+      started: "Mon Nov 23 11:04:57 2026",
+      foreground: true,
+      words: ["/opt/bun", "-i", "breaker.ts", "--port", "5556"],
+    },
+  ]);
+});
+
+test("the log keeps its order, and writing it never waits", async () => {
+  const file = join(makeFolder(), "log");
+  const descriptor = openSync(file, "w");
+  const { log, flush } = createLog(descriptor);
+  for (let i = 0; i < 100; i++) log(`line ${i}`);
+  await flush();
+  closeSync(descriptor);
+  expect(readFileSync(file, "utf8")).toBe(Array.from({ length: 100 }, (_, i) => `line ${i}\n`).join(""));
+});
+
 suite("commands", () => {
   test("status prints the answer and exits with it", async () => {
     let answer = FREE;
@@ -1746,6 +1833,19 @@ suite("commands", () => {
     expect([again.code, again.err]).toEqual([69, expect.stringContaining("No breaker answers")]);
   });
 
+  test("stop takes no other program of Bun for a breaker", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+    const info = await breaker.info();
+    const bystander = Bun.spawn([process.execPath, "-e", "setInterval(() => {}, 1e6)", "breaker.ts"]);
+    using liar = startLiar(`${JSON.stringify({ ...info, pid: bystander.pid })}\n`);
+    expect((await run(["stop", "--port", liar.port])).code).toBe(69);
+    using selfish = startLiar(`${JSON.stringify({ ...info, pid: process.pid })}\n`);
+    expect((await run(["stop", "--port", selfish.port])).code).toBe(69);
+    expect(bystander.exitCode).toBeNull();
+    bystander.kill();
+  });
+
   test("stop within this process waits until the breaker is gone", async () => {
     using account = startAccount(always(FREE));
     await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
@@ -1787,6 +1887,32 @@ suite("commands", () => {
     expect(await child.exited).toBe(0);
   });
 
+  test("a log that nobody reads delays no answer, no hook and no end", async () => {
+    let answer = FREE;
+    using account = startAccount(() => answer);
+    const port = await findFreePort();
+    const file = join(makeFolder(), "tripped");
+    const argv = ["--port", port, "--base-url", account.base, "--source", "costs", "--interval", "20ms"];
+    argv.push("--on-reset", "head -c 60000 /dev/zero | tr '\\0' x | fold -w 200", "--on-trip", `echo trip >> ${file}`);
+    // A pipe that is never read holds 64 KiB.
+    const child = Bun.spawn(["bash", "-c", 'exec "$0" "$@" 2> >(exec sleep 30)', process.execPath, SCRIPT, ...argv], {
+      env: { PATH: process.env["PATH"], HOME: process.env["HOME"], OPENAI_ADMIN_KEY: KEY },
+      cwd: makeFolder(),
+      stdio: ["ignore", "ignore", "ignore"],
+    });
+    const address = { host: "127.0.0.1", port: Number(port), timeoutMs: 2000 };
+    const becomes = (state: string) => until(async () => (await ask("STATUS", address).catch(() => "")) === state);
+    for (let trips = 1; trips <= 4; trips++) {
+      answer = CENT;
+      await becomes("TRUE");
+      await until(() => existsSync(file) && readFileSync(file, "utf8") === "trip\n".repeat(trips));
+      answer = FREE;
+      await becomes("FALSE");
+    }
+    child.kill();
+    expect(await child.exited).toBe(0);
+  }, 20_000);
+
   test("a verdict that cannot be printed is no success", async () => {
     using account = startAccount(always(FREE));
     const command = `"${process.execPath}" "${SCRIPT}" check --base-url ${account.base} --source costs > /dev/full`;
@@ -1818,8 +1944,10 @@ suite("commands", () => {
     using account = startAccount(always(FREE));
     const { origin } = new URL(proxy.base);
     const env = { OPENAI_ADMIN_KEY: KEY, HTTP_PROXY: origin, http_proxy: origin, no_proxy: "example.com" };
-    const { code } = await spawnCommand(["check", "--base-url", account.base, "--source", "costs"], { env });
-    expect([code, proxy.requests.length, account.requests.length]).toEqual([0, 0, 1]);
+    const check = (base: string) => spawnCommand(["check", "--base-url", base, "--source", "costs"], { env });
+    expect((await check(account.base)).code).toBe(0);
+    await check(account.base.replace("127.0.0.1", "127.0.0.2")); // where nothing listens
+    expect([proxy.requests.length, account.requests.length]).toEqual([0, 1]);
   });
 });
 
@@ -2535,14 +2663,13 @@ suite("slowly", () => {
     async () => {
       await using guarded = await startGuarded(FREE);
       const file = join(makeFolder(), "pids");
-      // The second sleep loses its parent and leaves the group before the trip.
-      const command = `sleep 60 & echo $! > ${file}; (setsid sleep 60 & echo $! >> ${file}; sleep 2.5) & wait`;
+      // The second sleep loses its parent, and leaves the group and the session, before anybody looks.
+      const command = `sleep 60 & echo $! > ${file}; (setsid sleep 60 & echo $! >> ${file}); wait`;
       const child = spawnExec([...guarded.at, "--", "bash", "-c", command]);
       const pids = await until(() => {
         const lines = existsSync(file) ? readFileSync(file, "utf8").trim().split("\n") : [];
         return lines.length === 2 ? lines.map(Number) : null;
       });
-      await Bun.sleep(3200); // the guard has seen the family, and the middle one has ended
       guarded.state.answer = CENT;
       await until(async () => (await guarded.breaker.ask("STATUS")) === "TRUE");
       const startMs = performance.now();

@@ -22,7 +22,7 @@
  *
  * @module
  */
-import { existsSync, readdirSync, readFileSync, writeSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync, write, writeSync } from "node:fs";
 import { basename } from "node:path";
 import { parseArgs } from "node:util";
 import { z } from "zod@4.6.7";
@@ -221,17 +221,28 @@ export function resolveSource({ source, baseUrl, drill }: Options): "costs" | "b
 // ── Schemas ─────────────────────────────────────────────────────────────────────────────────────
 // Every byte from outside passes one of these. Unknown members are left alone: OpenAI adds some.
 
+/** What a cost counts as that is too small for a number. */
+const TINY = 1e-300;
+
 /**
  * An amount: a number, or a string as OpenAI sends them live (`"0E-6176"`, `"0.1739150000000000"`).
- * Missing, empty and non-finite ones are refused; one too small for a number stays above 0.
+ * Missing, empty and non-finite ones are refused; only zero is 0.
  */
 export const AmountSchema = z
   .union([z.number(), z.string().regex(/^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i)])
-  .transform((value) => Number(value) || (/^[^e]*[1-9]/i.test(String(value)) ? Number.MIN_VALUE : 0))
+  .transform((value) => {
+    if (Math.abs(Number(value)) >= TINY) return Number(value);
+    return /^[^e]*[1-9]/i.test(String(value)) ? TINY : 0;
+  })
   .pipe(z.number());
 
 /** Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
 const SecondsSchema = z.number().min(1e9).max(1e10);
+
+/** The first and the last UTC day of a bucket, in Unix seconds; without an end it is a day long. */
+function listSpan(start: number, end = start + 86400): { day: string; lastDay: string } {
+  return { day: formatDay(start * SECOND), lastDay: formatDay(end * SECOND - 1) };
+}
 
 const JsonSchema = z.looseObject({});
 const ListSchema = z.array(z.unknown());
@@ -266,7 +277,10 @@ const BucketSchema = z
   })
   .refine(({ results, result }) => results ?? result, "expected results")
   .refine((bucket) => (bucket.end_time ?? 0) <= (Math.floor(bucket.start_time / 86400) + 1) * 86400, "expected one day")
-  .transform(({ start_time, results = [], result = [] }) => ({ start_time, rows: [...results, ...result] }));
+  .transform(({ start_time, end_time, results = [], result = [] }) => ({
+    ...listSpan(start_time, end_time),
+    rows: [...results, ...result],
+  }));
 
 const PageSchema = z.object({
   object: z.literal("page").optional(),
@@ -275,7 +289,9 @@ const PageSchema = z.object({
 });
 
 const BillingSchema = z.object({ total_usage: AmountSchema });
-const BillingDaySchema = z.object({ timestamp: SecondsSchema, line_items: ListSchema });
+const BillingDaySchema = z
+  .object({ timestamp: SecondsSchema, line_items: ListSchema })
+  .transform(({ timestamp, line_items }) => ({ ...listSpan(timestamp), line_items }));
 const BillingItemSchema = z.object({ cost: AmountSchema });
 
 /** A refusal: OpenAI's `error` is an object or a bare string. */
@@ -323,11 +339,25 @@ export function formatAmount(amount: number): string {
 
 /** Whether a model's name fits `patterns`: `matchesModel("*-mini*,o?", "gpt-4o-mini-2024-07-18")` → true */
 export function matchesModel(patterns: string, model: string): boolean {
-  const globs: Record<string, string> = { "*": ".*", "?": "." };
-  return patterns.split(",").some((pattern) => {
-    const source = pattern.replace(/[^\w]/g, (sign) => globs[sign] ?? `\\${sign}`);
-    return new RegExp(`^${source}$`, "s").test(model);
-  });
+  return patterns.split(",").some((pattern) => matchesGlob(pattern, model));
+}
+
+/** Goes back to the last star only, so that the time stays below the product of the lengths. */
+function matchesGlob(glob: string, text: string): boolean {
+  let [at, star, resume] = [0, -1, 0];
+  for (let i = 0; i < text.length;) {
+    if (glob[at] === "*") {
+      star = at++;
+      resume = i;
+    } else if (glob[at] === "?" || glob[at] === text[i]) {
+      at++;
+      i++;
+    } else if (star >= 0) {
+      at = star + 1;
+      i = ++resume;
+    } else return false;
+  }
+  return /^\**$/.test(glob.slice(at));
 }
 
 /** `Retry-After` in seconds or as a date → ms from `now`, 0 for anything else, at most an hour. */
@@ -367,8 +397,8 @@ export function redact(text: string, key: string): string {
 
 type Row = z.output<typeof CostRowSchema> | z.output<typeof UsageRowSchema>;
 
-/** A cost, or a use of tokens, on a UTC day. */
-export type Entry = { day: string } & Row;
+/** A cost, or a use of tokens, of a bucket that begins on `day` (UTC). */
+export type Entry = { day: string; lastDay: string } & Row;
 
 /** What an answer holds: `next` is the cursor of the next page, `problem` why the look has failed. */
 export type Page = { entries: Entry[]; next: string | null; problem: string | null };
@@ -393,10 +423,9 @@ function readEach<T>(items: unknown, { schema, problems }: { schema: z.ZodType<T
 export function readPage(body: unknown, rowSchema: z.ZodType<Row>): Page {
   const problems: string[] = [];
   const { data } = JsonSchema.safeParse(body).data ?? {};
-  const entries = readEach(data, { schema: BucketSchema, problems }).flatMap(({ start_time, rows }) => {
-    const day = formatDay(start_time * SECOND);
-    return readEach(rows, { schema: rowSchema, problems }).map((row) => ({ day, ...row }));
-  });
+  const entries = readEach(data, { schema: BucketSchema, problems }).flatMap(({ rows, ...span }) =>
+    readEach(rows, { schema: rowSchema, problems }).map((row) => ({ ...span, ...row })),
+  );
   const envelope = PageSchema.safeParse(body);
   if (!envelope.success) problems.push(explain(envelope.error));
   const next = envelope.data?.has_more ? envelope.data.next_page || null : null;
@@ -412,17 +441,18 @@ export function readBilling(body: unknown, today: string): Page {
   const problems: string[] = [];
   const { daily_costs } = JsonSchema.safeParse(body).data ?? {};
   const currency = "usd";
-  const entries = readEach(daily_costs ?? [], { schema: BillingDaySchema, problems }).flatMap((bucket) => {
-    const day = formatDay(bucket.timestamp * SECOND);
-    const items = readEach(bucket.line_items, { schema: BillingItemSchema, problems });
-    return items.map(({ cost }) => ({ day, cost: Math.max(cost, 0) / 100, currency }));
-  });
+  const entries = readEach(daily_costs ?? [], { schema: BillingDaySchema, problems }).flatMap(
+    ({ line_items, ...span }) => {
+      const items = readEach(line_items, { schema: BillingItemSchema, problems });
+      return items.map(({ cost }) => ({ ...span, cost: cost / 100, currency }));
+    },
+  );
   const envelope = BillingSchema.safeParse(body);
   if (!envelope.success) problems.push(explain(envelope.error));
   const total = (envelope.data?.total_usage ?? 0) / 100;
   const rest = total - entries.reduce((sum, { cost }) => sum + cost, 0);
   // What is smaller than this is the rounding of the sum.
-  if (rest > total * 1e-12) entries.push({ day: today, cost: rest, currency });
+  if (rest > total * 1e-12) entries.push({ day: today, lastDay: today, cost: rest, currency });
   return { entries, next: null, problem: problems[0] ?? null };
 }
 
@@ -444,8 +474,11 @@ export interface Reading {
   retryAfterMs: number;
 }
 
-/** A reading at `now` (ms since 1970), under the user's options. */
-export type Moment = { now: number; reading: Reading; options: Options };
+/**
+ * A reading at `now` (ms since 1970), under the user's options; `elapsedMs` since the last good look began,
+ * by a clock that nobody sets.
+ */
+export type Moment = { now: number; reading: Reading; options: Options; elapsedMs?: number };
 
 /** Nothing seen yet. */
 export const UNSEEN: Reading = { asOfMs: null, days: {}, currency: null, tokens: [], error: null, retryAfterMs: 0 };
@@ -457,9 +490,11 @@ export const UNSEEN: Reading = { asOfMs: null, days: {}, currency: null, tokens:
 export function bookEntries(look: Reading, { entries, now, options }: Omit<Moment, "reading"> & { entries: Entry[] }) {
   const { yesterday, tomorrow } = listDays(now);
   let problem: string | null = null;
-  for (const entry of entries.filter(({ day }) => day >= yesterday)) {
-    const { day } = entry;
-    if (day > tomorrow) {
+  for (const entry of entries.filter(({ lastDay }) => lastDay >= yesterday)) {
+    const { day, lastDay } = entry;
+    if (day < yesterday) {
+      problem ??= `a bucket of ${day} reaches into ${lastDay}, its costs cannot be told apart`;
+    } else if (day > tomorrow) {
       problem ??= `${day} lies in the future; check this machine's clock`;
     } else if ("tokens" in entry) {
       const tokens = look.tokens[options.allowances.findIndex(({ models }) => matchesModel(models, entry.model))];
@@ -506,11 +541,11 @@ function listAllowances({ now, reading, options }: Moment): Info["allowances"] {
 export type Decision = Pick<Info, "open" | "reason" | "message">;
 
 /** What a reading means at `now`. The order is the contract: a cost that was seen wins. */
-export function decide({ now, reading, options }: Moment): Decision {
+export function decide({ now, reading, options, elapsedMs = 0 }: Moment): Decision {
   const { yesterday, today } = listDays(now);
   const { asOfMs, currency, error } = reading;
   const { total, days } = sumSince(yesterday, reading.days) ?? { total: 0, days: {} };
-  if (total > options.thresholdUsd) {
+  if (total > (currency === "usd" ? options.thresholdUsd : 0)) {
     const costs = Object.entries(days).filter(([, cost]) => cost > 0);
     const parts = costs.map(([day, cost]) => `${formatAmount(cost)} ${currency} on ${day}`);
     return { open: true, reason: "cost", message: `${parts.join(" and ")} (UTC)` };
@@ -520,27 +555,34 @@ export function decide({ now, reading, options }: Moment): Decision {
     const message = `${full.used} of ${full.limit} tokens of ${full.models} used on ${today} (UTC)`;
     return { open: true, reason: "allowance", message };
   }
-  const ageMs = asOfMs === null ? Infinity : now - asOfMs;
-  if (Math.abs(ageMs) <= options.maxAgeMs) {
+  const ageMs = asOfMs === null ? Infinity : Math.max(now - asOfMs, elapsedMs);
+  const aheadMs = (asOfMs ?? now) - now;
+  // A look from after midnight says nothing of the day before yesterday, should the clock go back.
+  const isCovered = asOfMs !== null && listDays(asOfMs).yesterday <= yesterday;
+  if (ageMs <= options.maxAgeMs && aheadMs <= options.maxAgeMs && isCovered) {
     const cost = total > 0 ? `${formatAmount(total)} ${currency}, within the threshold,` : "no cost";
     return { open: false, reason: "none", message: `${cost} on ${yesterday} and ${today} (UTC)` };
   }
-  const past = ageMs > 0 ? `is ${Math.floor(ageMs / SECOND)} s old` : "lies in the future, check this machine's clock";
+  const past =
+    ageMs > options.maxAgeMs
+      ? `is ${Math.floor(ageMs / SECOND)} s old`
+      : "lies in the future, check this machine's clock";
   const cause = asOfMs === null ? "no good look at the account yet" : `the last good look ${past}`;
   return { open: options.whenUnknown, reason: "unknown", message: error === null ? cause : `${cause}: ${error}` };
 }
 
 /** The INFO object of a reading at `now`, for a breaker that started at `startedMs`. */
-export function describe({ now, reading, options, startedMs }: Moment & { startedMs: number }): Info {
+export function describe({ startedMs, ...moment }: Moment & { startedMs: number }): Info {
+  const { now, reading, options, elapsedMs = 0 } = moment;
   const { asOfMs, currency, error } = reading;
   const window = sumSince(listDays(now).yesterday, reading.days);
   return {
-    ...decide({ now, reading, options }),
+    ...decide(moment),
     cost: window && { total: window.total, currency: currency ?? "usd", days: window.days },
     threshold: options.thresholdUsd,
-    allowances: listAllowances({ now, reading, options }),
+    allowances: listAllowances(moment),
     asOf: asOfMs === null ? null : new Date(asOfMs).toISOString(),
-    ageSeconds: asOfMs === null ? null : Math.max(0, Math.floor((now - asOfMs) / SECOND)),
+    ageSeconds: asOfMs === null ? null : Math.floor(Math.max(now - asOfMs, elapsedMs, 0) / SECOND),
     error,
     source: resolveSource(options),
     version: VERSION,
@@ -787,13 +829,13 @@ async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<bool
 }
 
 /** The environment of a child: with `extra`, and without the key, by its name or by its value. */
-function childEnv(env: Env, extra: Env = {}): Env {
-  const { OPENAI_ADMIN_KEY: key, ...rest } = env;
-  return { ...Object.fromEntries(Object.entries(rest).filter(([, value]) => !key || !value?.includes(key))), ...extra };
+function childEnv({ OPENAI_ADMIN_KEY, ...env }: Env, extra: Env = {}): Env {
+  const key = OPENAI_ADMIN_KEY?.trim();
+  return { ...Object.fromEntries(Object.entries(env).filter(([, value]) => !key || !value?.includes(key))), ...extra };
 }
 
 /** Sends a signal, to a whole group where `pid` is negative; false where it cannot be sent. */
-function kill(pid: number, signal: NodeJS.Signals): boolean {
+function kill(pid: number, signal: NodeJS.Signals | 0): boolean {
   try {
     return process.kill(pid, signal);
   } catch {
@@ -824,6 +866,7 @@ export async function runProgram(
   };
   const limit = AbortSignal.any([signal, AbortSignal.timeout(limitMs)]);
   limit.addEventListener("abort", end);
+  if (limit.aborted) end();
   const ended = Promise.all([child.exited, collect("stdout"), collect("stderr")]);
   const code = await Promise.race([ended.then(([exitCode]) => exitCode), killed.promise]);
   limit.removeEventListener("abort", end);
@@ -1017,6 +1060,7 @@ type Looking = { look: LookAt; onAnswer: (info: Info) => void };
 export function startWatch({ options, now, signal }: World, { look, onAnswer }: Looking) {
   const startedMs = now();
   let reading = UNSEEN;
+  let goodMs = performance.now();
   let lastTickMs = startedMs;
   let pause = Promise.withResolvers<void>();
   let settled = Promise.withResolvers<void>();
@@ -1026,12 +1070,11 @@ export function startWatch({ options, now, signal }: World, { look, onAnswer }: 
 
   /** Makes something of the reading as of now, once for all who ask within the same millisecond. */
   function atNow<T>(make: (moment: Moment) => T): () => T {
-    let made: { moment: Moment; value: T } | null = null;
+    let made: { now: number; elapsedMs: number; reading: Reading; value: T } | null = null;
     return () => {
-      const nowMs = now();
-      if (made?.moment.now !== nowMs || made.moment.reading !== reading) {
-        const moment = { now: nowMs, reading, options };
-        made = { moment, value: make(moment) };
+      const at = { now: now(), elapsedMs: Math.floor(performance.now() - goodMs), reading };
+      if (made?.now !== at.now || made.elapsedMs !== at.elapsedMs || made.reading !== reading) {
+        made = { ...at, value: make({ ...at, options }) };
       }
       return made.value;
     };
@@ -1044,9 +1087,11 @@ export function startWatch({ options, now, signal }: World, { look, onAnswer }: 
       if (signal.aborted) return;
       pause = Promise.withResolvers();
       const count = ++begun;
+      const beganMs = performance.now();
       const found = await look((seen) => (reading = raiseReading(reading, seen)));
       if (signal.aborted) return;
       reading = mergeLook(reading, found);
+      if (found.error === null) goodMs = beganMs;
       failures = found.error === null ? 0 : failures + 1;
       if (awaited !== null && count >= awaited) {
         awaited = null;
@@ -1326,6 +1371,7 @@ type Address = Pick<Options, "host" | "port" | "timeoutMs">;
 export async function ask(question: string, { host, port, timeoutMs }: Address): Promise<string> {
   const hostname = host === "0.0.0.0" ? "127.0.0.1" : host === "::" ? "::1" : host;
   const answered = Promise.withResolvers<void>();
+  const decoder = new TextDecoder();
   let text = "";
   const refuse = (cause: string) =>
     answered.reject(new Error(`No breaker answers at ${hostname}:${port}, ${cause}; start one with: bun breaker.ts`));
@@ -1336,7 +1382,7 @@ export async function ask(question: string, { host, port, timeoutMs }: Address):
     socket: {
       open: (socket) => void socket.write(`${question}\n`),
       data(socket, chunk) {
-        text += chunk.toString();
+        text += decoder.decode(chunk, { stream: true });
         if (text.length > MAX_BODY_BYTES) socket.terminate();
       },
       close: () => (text.endsWith("\n") ? answered.resolve() : refuse("the connection closed without an answer")),
@@ -1383,9 +1429,13 @@ interface Process {
 /** The processes that run on this machine, without those that have ended and wait for their parents. */
 function listProcesses(): Process[] {
   if (existsSync("/proc/self/stat")) return readdirSync("/proc").flatMap(readProcess);
-  const ran = Bun.spawnSync(["ps", "-A", "-o", "pid=,ppid=,stat=,lstart=,args="]);
+  return parsePs(Bun.spawnSync(["ps", "-A", "-o", "pid=,ppid=,stat=,lstart=,args="]).stdout.toString());
+}
+
+/** Reads the lines of `ps`: `"7 1 S+ Mon Nov 23 11:04:57 2026 bun breaker.ts"` → `[{ pid: 7, parent: 1, … }]` */
+export function parsePs(text: string): Process[] {
   const form = /^ *(\d+) +(\d+) +([^Z ]\S*) +((?:\S+ +){4}\S+) (.*)$/gm;
-  return [...ran.stdout.toString().matchAll(form)].map(([, pid, parent, state = "", started = "", args = ""]) => {
+  return [...text.matchAll(form)].map(([, pid, parent, state = "", started = "", args = ""]) => {
     const words = args.trim().split(/ +/);
     return { pid: Number(pid), parent: Number(parent), started, foreground: state.includes("+"), words };
   });
@@ -1405,12 +1455,13 @@ function readProcess(name: string): Process[] {
   }
 }
 
-/** Whether `pid` serves with this script: nothing else is ever stopped. */
+/** Whether `pid` serves with this script, run by Bun or compiled: nothing else is ever stopped. */
 function isServing(pid: number): boolean {
-  const stem = (path: string) => basename(path).replace(/\.\w+$/, "");
+  const isThis = (path = "") => basename(path).replace(/\.\w+$/, "") === basename(import.meta.path, ".ts");
   const { words = [] } = listProcesses().find((process) => process.pid === pid) ?? {};
-  const script = words.findIndex((text) => stem(text) === stem(import.meta.path));
-  if (script < 0 || (script > 0 && !stem(words[0] ?? "").startsWith("bun"))) return false;
+  const isBun = basename(words[0] ?? "").startsWith("bun");
+  const script = isBun ? words.findIndex((text, at) => at > 0 && text !== "run" && !text.startsWith("-")) : 0;
+  if (!isThis(words[script])) return false;
   try {
     return parseArguments(words.slice(script + 1), {}).command === "serve";
   } catch {
@@ -1427,10 +1478,20 @@ async function stopBreaker(address: Address): Promise<number> {
   throw new Error(`Process ${pid} does not stop; end it with: kill -9 ${pid}`);
 }
 
-/** The members of `family` that still run, and all that descend from them. */
-function updateFamily(family: Process[]): Process[] {
+/** Whether a process carries `mark` in the environment that it began with; only /proc tells. */
+function isMarked(pid: number, mark: string): boolean {
+  try {
+    return readFileSync(`/proc/${pid}/environ`, "utf8").includes(mark);
+  } catch {
+    return false;
+  }
+}
+
+/** The members of `family` that still run, all that carry its mark, and all that descend from these. */
+function updateFamily(family: Process[], mark: string): Process[] {
   const running = listProcesses();
-  let members = running.filter((one) => family.some(({ pid, started }) => pid === one.pid && started === one.started));
+  const isKnown = (one: Process) => family.some(({ pid, started }) => pid === one.pid && started === one.started);
+  let members = running.filter((one) => isKnown(one) || isMarked(one.pid, mark));
   for (let before = 0; before < members.length;) {
     before = members.length;
     members = running.filter((one) => members.some(({ pid }) => pid === one.pid || pid === one.parent));
@@ -1438,9 +1499,8 @@ function updateFamily(family: Process[]): Process[] {
   return members;
 }
 
-/** Whether a SIGINT of now comes from the terminal, which sends it to the whole foreground group. */
+/** Whether the terminal, if there is one, sends its signals to this process: it then does so to the whole group. */
 function isForeground(): boolean {
-  if (!process.stdin.isTTY && !process.stdout.isTTY && !process.stderr.isTTY) return false;
   return listProcesses().some(({ pid, foreground }) => foreground && pid === process.pid);
 }
 
@@ -1456,14 +1516,17 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     log(`the breaker is open, ${argv[0]} was not started: ${await giveReason()}`);
     return EXIT.stopped;
   }
-  const signals: NodeJS.Signals[] = ["SIGINT", "SIGTERM", "SIGHUP"];
+  const signals: NodeJS.Signals[] = ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"];
   const pass = (signal: NodeJS.Signals) => {
-    if (signal !== "SIGINT" || !isForeground()) child.kill(signal);
+    const isTyped = (signal === "SIGINT" || signal === "SIGQUIT") && isForeground();
+    if (!isTyped) child.kill(signal);
   };
+  const mark = `BREAKER_EXEC=${crypto.randomUUID()}`;
   for (const signal of signals) process.on(signal, pass); // First of all: no signal may miss the child.
   let child: Bun.Subprocess;
   try {
-    child = Bun.spawn(argv, { env: childEnv(env), stdio: ["inherit", "inherit", "inherit"] });
+    const extra = { BREAKER_EXEC: mark.split("=")[1] };
+    child = Bun.spawn(argv, { env: childEnv(env, extra), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
     for (const signal of signals) process.off(signal, pass);
@@ -1476,7 +1539,7 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     for (let failingSinceMs = Infinity; ;) {
       await Bun.sleep(SECOND);
       if (child.exitCode !== null || child.signalCode !== null) return null;
-      family = updateFamily(family);
+      family = updateFamily(family, mark);
       const askedMs = performance.now();
       try {
         if (await askStatus(address)) return await giveReason();
@@ -1493,10 +1556,14 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     const reason = await Promise.race([child.exited.then(() => null), watchBreaker()]);
     if (reason === null) return await child.exited;
     log(`the breaker is open, stopping ${argv[0]}: ${reason}`);
-    family = updateFamily(family);
-    for (const { pid } of family) kill(pid, "SIGTERM");
-    await waitWhile(() => (family = updateFamily(family)).length > 0, PATIENCE_MS);
-    for (const { pid } of family) kill(pid, "SIGKILL");
+    const signalFamily = (signal: NodeJS.Signals | 0) => {
+      family = updateFamily(family, mark);
+      for (const { pid } of family) kill(pid, signal);
+      return family.length > 0;
+    };
+    signalFamily("SIGTERM");
+    await waitWhile(() => signalFamily(0), PATIENCE_MS);
+    await waitWhile(() => signalFamily("SIGKILL"), PATIENCE_MS);
     await child.exited;
     return EXIT.stopped;
   } finally {
@@ -1532,12 +1599,13 @@ function prepareLook(world: World): { key: KeySource; look: LookAt } {
   const key: KeySource = drill ? { read: async () => "drill", forget() {} } : createKeySource(world);
   if (options.baseUrl.startsWith("http:")) {
     // Bun would send even a request to loopback through HTTP_PROXY, and the key with it.
-    const direct = [process.env["NO_PROXY"] ?? process.env["no_proxy"], "localhost,127.0.0.1,::1,[::1]"];
+    const direct = [process.env["NO_PROXY"] || process.env["no_proxy"], new URL(options.baseUrl).hostname, "::1"];
     process.env["NO_PROXY"] = process.env["no_proxy"] = direct.filter(Boolean).join(",");
   }
   return { key, look: createLook({ ...world, options }, key) };
 }
 
+/** The command `serve`. */
 async function serve(world: World): Promise<number> {
   const { options, now, signal } = world;
   const log = (text: string) => world.log(`${new Date(now()).toISOString()} ${text}`);
@@ -1545,10 +1613,10 @@ async function serve(world: World): Promise<number> {
   const runHooks = createHooks({ ...world, log });
   let last: Info | null = null;
   const onAnswer = (info: Info) => {
+    runHooks(info);
     if (info.error !== (last?.error ?? null)) log(info.error ?? "the account can be read again");
     if (info.open !== last?.open) log(`${info.open ? "TRUE" : "FALSE"}, ${info.message}`);
     last = info;
-    runHooks(info);
   };
   const watch = startWatch(world, { look, onAnswer });
   let server: ReturnType<typeof startServer>;
@@ -1573,14 +1641,14 @@ async function serve(world: World): Promise<number> {
   await new Promise((resolve) => signal.addEventListener("abort", resolve));
   log("stopping");
   clearInterval(ticker);
-  process.off("SIGHUP", refresh);
   await server.stop();
+  process.off("SIGHUP", refresh);
   return EXIT.closed;
 }
 
 /** What `check` prints for a person: the days, the allowances, and the verdict. */
-export function formatCheck(info: Info, { now, coloured }: { now: () => number; coloured: boolean }): string {
-  const { yesterday, today } = listDays(now());
+export function formatCheck(info: Info, { now, coloured }: { now: number; coloured: boolean }): string {
+  const { yesterday, today } = listDays(now);
   const rows = [yesterday, today].map((day): [string, string] => {
     const cost = info.cost?.days[day];
     return [day, cost === undefined ? "unknown" : `${formatAmount(cost)} ${info.cost?.currency}`];
@@ -1594,13 +1662,15 @@ export function formatCheck(info: Info, { now, coloured }: { now: () => number; 
   return `${table}${coloured ? `\x1b[1;${colour}m${verdict}\x1b[0m` : verdict}: ${info.message}\n${age}`;
 }
 
+/** The command `check`. */
 async function check(world: World): Promise<number> {
-  const { options, now, signal, print } = world;
+  const { options, now, signal, print, coloured } = world;
   const startedMs = now();
   const reading = mergeLook(UNSEEN, await prepareLook(world).look(() => {}));
   if (signal.aborted) throw new Error("The check was interrupted");
-  const info = describe({ now: now(), reading, options, startedMs });
-  print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, world));
+  const moment = { now: now(), reading, options, startedMs };
+  const info = describe(moment);
+  print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, { now: moment.now, coloured }));
   if (info.reason === "unknown") return EXIT.unavailable;
   return info.open ? EXIT.open : EXIT.closed;
 }
@@ -1633,6 +1703,12 @@ async function speakMcp({ options, now, stdin, print }: World, address: Address)
   return EXIT.closed;
 }
 
+/** The signals that end a command in good order. */
+const ENDINGS: Record<"serve" | "check", NodeJS.Signals[]> = {
+  serve: ["SIGTERM", "SIGINT", "SIGQUIT"],
+  check: ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"],
+};
+
 /** Runs a command line and gives its exit code; never throws. */
 export async function main(argv: string[], surroundings: Surroundings): Promise<number> {
   const stop = new AbortController();
@@ -1647,7 +1723,7 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
     const world: World = { ...surroundings, options, signal: stop.signal };
     // A breaker answers after its own --timeout at the latest.
     const address: Address = { ...options, timeoutMs: options.timeoutMs + 2 * SECOND };
-    if (command === "serve" || command === "check") process.on("SIGTERM", quit).on("SIGINT", quit);
+    if (command === "serve" || command === "check") ENDINGS[command].forEach((name) => process.on(name, quit));
     switch (command) {
       case "serve":
         return await serve(world);
@@ -1669,10 +1745,12 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
     surroundings.log(`breaker: ${redact(messageOf(error), "")}`);
     return error instanceof UsageError ? EXIT.usage : EXIT.unavailable;
   } finally {
-    process.off("SIGTERM", quit).off("SIGINT", quit);
+    ENDINGS.check.forEach((name) => process.off(name, quit));
     stop.abort();
   }
 }
+
+const MAX_LOG_LINES = 1000;
 
 /** Writes all of a text, also to a pipe that is full for a while. */
 function writeAll(file: number, text: string): void {
@@ -1686,18 +1764,32 @@ function writeAll(file: number, text: string): void {
   }
 }
 
+/** Writes lines to `file` in their order and never waits for them: the disk may be full, the reader asleep. */
+export function createLog(file: number) {
+  let written = Promise.resolve();
+  let waiting = 0;
+  return {
+    log(text: string): void {
+      if (waiting >= MAX_LOG_LINES) return;
+      waiting++;
+      written = written.then(() => new Promise((resolve) => write(file, `${text}\n`, () => resolve())));
+      void written.then(() => waiting--);
+    },
+    /** Resolves when all is written, after a second at the latest. */
+    flush: () => Promise.race([written, Bun.sleep(SECOND)]),
+  };
+}
+
 if (import.meta.main) {
+  const { log, flush } = createLog(2);
   const code = await main(Bun.argv.slice(2), {
-    env: process.env,
+    env: { ...process.env },
     now: Date.now,
     stdin: Bun.stdin.stream(),
     print: (text) => writeAll(1, text),
-    log(text) {
-      try {
-        writeSync(2, `${text}\n`);
-      } catch {} // A full disk or a closed terminal must not stop the breaker.
-    },
+    log,
     coloured: process.stdout.isTTY && !process.env["NO_COLOR"],
   });
+  await flush();
   process.exit(code);
 }

@@ -1,5 +1,5 @@
 /**
- * Measures the breaker side by side with others: `just bench`, about three minutes, on Linux.
+ * Measures the breaker side by side with others: `just bench`, about two and a half minutes, on Linux with glibc.
  *
  * Each figure is the median of alternating runs (breaker, other, breaker, other, …) and each ratio the
  * median of the ratios of the pairs: machines and moments differ, ratios hold. All traffic is on loopback.
@@ -172,7 +172,8 @@ type Upstream = ReturnType<typeof startUpstream>;
 /** Starts a breaker and waits for its first answer, which rests on its first look. */
 async function startBreaker(upstream: Upstream): Promise<Server> {
   const flags = ["--port", "0", "--host", "127.0.0.1", "--base-url", upstream.url, "--source", "costs"];
-  const env = { ...process.env, OPENAI_ADMIN_KEY: "sk-admin-bench" };
+  const { PATH, HOME } = process.env; // Without HOME Bun has no cache for what it transpiles.
+  const env = { PATH, HOME, OPENAI_ADMIN_KEY: "sk-admin-bench" };
   const breaker = await serve([...BUN, BREAKER, ...flags], { ready: /listens on \S+?:(\d+)/, env });
   const answered = Promise.withResolvers<string>();
   await Bun.connect({
@@ -254,7 +255,8 @@ interface Figures {
 /** Puts a load on a server; throws where an answer was not the expected one. */
 async function measure({ child, port }: Server, kind: string, amount = `${RUN_MS}ms`): Promise<Figures> {
   const before = readBusySeconds(child);
-  const out = await run([...BUN, join(HERE, "load.ts"), kind, String(port), amount], LOAD_LIMIT_MS);
+  const argv = [...BUN, join(HERE, "load.ts"), kind, String(port), String(child.pid), amount];
+  const out = await run(argv, LOAD_LIMIT_MS);
   const busy = readBusySeconds(child) - before;
   const load = LoadSchema.safeParse(JSON.parse(out));
   if (!load.success) throw new Error(`Wrong answers under the load ${kind}: ${out}`);
@@ -420,21 +422,26 @@ async function measureAll(): Promise<Row[]> {
   return [...rows, ...(await measureMemory(quiet)), ...(await measureStart(quiet))];
 }
 
-/** Ends all that was started; the second of two reasons is but an effect of the first. */
-async function stop(reason: string): Promise<never> {
-  if (!stopping) console.error(reason);
+let stopping = false;
+
+async function cleanUp(): Promise<void> {
   stopping = true;
   await Promise.all([...started].map(end));
   rmSync(folder, { recursive: true, force: true });
+}
+
+/** Of several reasons the first counts, the others are its effects. */
+async function stop(reason: string): Promise<never> {
+  if (!stopping) console.error(reason);
+  await cleanUp();
   process.exit(2);
 }
 
-let stopping = false;
 process.on("SIGINT", () => void stop("Interrupted"));
 process.on("SIGTERM", () => void stop("Interrupted"));
 setTimeout(() => void stop("The benchmark takes too long"), BENCH_LIMIT_MS);
 console.log(`Bun ${Bun.version} on ${cpus().length} × ${cpus()[0]?.model}`);
 const rows = await measureAll().catch((error: Error) => stop(error.message));
-rmSync(folder, { recursive: true, force: true });
+await cleanUp();
 console.log(`\n${formatTable(rows)}`);
 process.exit(rows.some((row) => grade(row) === "NO") ? 1 : 0);

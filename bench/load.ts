@@ -1,11 +1,12 @@
 /**
- * The load generator, a process of its own: `bun bench/load.ts KIND PORT AMOUNT` with KIND `status`
- * (a breaker), `ping` (a redis-server) or `mcp` (tools/call), and AMOUNT `2000ms` or a number of
- * answers. Prints one line of JSON.
+ * The load generator, a process of its own: `bun bench/load.ts KIND PORT PID AMOUNT` with KIND
+ * `status` (a breaker), `ping` (a redis-server) or `mcp` (tools/call), the port and the pid of the server,
+ * and AMOUNT `1000ms` or a number of answers. Prints one line of JSON.
  *
  * @module
  */
 import { dlopen, ptr } from "bun:ffi";
+import { cpus } from "node:os";
 
 /** What a run has found. */
 export interface Load {
@@ -17,29 +18,47 @@ export interface Load {
   busySeconds: number;
 }
 
-const [kind = "", portText = "", amount = ""] = Bun.argv.slice(2);
+const [kind = "", portText = "", pidText = "", amount = ""] = Bun.argv.slice(2);
 const port = Number(portText);
 const limits = amount.endsWith("ms")
   ? { ms: Number.parseInt(amount), answers: Infinity }
   : { ms: Infinity, answers: Number(amount) };
 
-// ── One connection for each question ────────────────────────────────────────────────────────────
-// System calls made directly, since Bun.connect needs more time for a connection than either server:
-// blocking sockets in a ring, so that one call connects, one sends, and the oldest is read next.
+// ── System calls ────────────────────────────────────────────────────────────────────────────────
 
-const CONNECTIONS = 50;
 const [AF_INET, SOCK_STREAM, MSG_NOSIGNAL, MSG_WAITALL] = [2, 1, 0x4000, 0x100];
 
-function loadLibc() {
-  // The sizes given back fit into 32 bits here.
-  return dlopen("libc.so.6", {
-    socket: { args: ["i32", "i32", "i32"], returns: "i32" },
-    connect: { args: ["i32", "ptr", "i32"], returns: "i32" },
-    send: { args: ["i32", "ptr", "u64", "i32"], returns: "i32" },
-    recv: { args: ["i32", "ptr", "u64", "i32"], returns: "i32" },
-    close: { args: ["i32"], returns: "i32" },
-  }).symbols;
+// The sizes that send and recv give fit into 32 bits here.
+const libc = dlopen("libc.so.6", {
+  socket: { args: ["i32", "i32", "i32"], returns: "i32" },
+  connect: { args: ["i32", "ptr", "i32"], returns: "i32" },
+  send: { args: ["i32", "ptr", "u64", "i32"], returns: "i32" },
+  recv: { args: ["i32", "ptr", "u64", "i32"], returns: "i32" },
+  close: { args: ["i32"], returns: "i32" },
+  sched_setaffinity: { args: ["i32", "u64", "ptr"], returns: "i32" },
+}).symbols;
+
+/**
+ * Keeps the generator on the last processor and the main thread of the server off it: the kernel likes to
+ * put two that wake each other on one, where they only take turns. Does nothing where that is not allowed.
+ */
+function separate(serverPid: number): void {
+  const count = cpus().length;
+  if (count < 2 || count > 64) return;
+  const last = 1n << BigInt(count - 1);
+  for (const [pid, mask] of [
+    [0, last],
+    [serverPid, last - 1n],
+  ] as const) {
+    libc.sched_setaffinity(pid, 8, ptr(BigUint64Array.of(mask)));
+  }
 }
+
+// ── One connection for each question ────────────────────────────────────────────────────────────
+// By system calls, since Bun.connect needs more time for a connection than either server: blocking
+// sockets in a ring, so that one call connects, one sends, and the oldest is read next.
+
+const CONNECTIONS = 50;
 
 /**
  * The `sockaddr_in` of 127.0.0.1 … 127.0.0.`count`. A redis-server leaves closing to the client, whose
@@ -57,7 +76,6 @@ function askAll(
   question: string,
   { expected, addresses, serverCloses }: { expected: string; addresses: Uint8Array[]; serverCloses: boolean },
 ): Load {
-  const libc = loadLibc();
   const asked = Buffer.from(question);
   const wanted = Buffer.from(expected);
   const input = Buffer.alloc(256);
@@ -170,6 +188,7 @@ function run(): Load | Promise<Load> {
 }
 
 if (import.meta.main) {
+  separate(Number(pidText));
   console.log(JSON.stringify(await run()));
   process.exit();
 }
