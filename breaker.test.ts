@@ -204,7 +204,7 @@ async function run(argv: string[], { env = {}, stdin = "" }: { env?: Record<stri
     stdin: new Blob([stdin]).stream(),
     print: (text) => void (out += text),
     log: (text) => void (err += `${text}\n`),
-    coloured: false,
+    isColoured: () => false,
   });
   return { code, out, err };
 }
@@ -221,7 +221,7 @@ async function serve(
     stdin: new Blob([]).stream(),
     print: () => {},
     log: (text) => void logs.push(text),
-    coloured: false,
+    isColoured: () => false,
   });
   const port = await until(() => Number(/listens on \S+:(\d+)/.exec(logs.join("\n"))?.[1]));
   const address = { host: "127.0.0.1", port, timeoutMs: 5000 };
@@ -1336,7 +1336,7 @@ suite("the watch", () => {
       stdin: new Blob([]).stream(),
       print() {},
       log: (text) => void logs.push(text),
-      coloured: false,
+      isColoured: () => false,
     });
     await until(() => account.requests.length === 1);
     key = "sk-admin-another";
@@ -2853,7 +2853,7 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
     stdin: new Blob([]).stream(),
     print: () => {},
     log: () => {},
-    coloured: false,
+    isColoured: () => false,
     options: optionsOf(...argv),
     signal: stop.signal,
   };

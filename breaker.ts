@@ -640,6 +640,7 @@ export function findQuestion(line: string, { isLocal }: { isLocal: () => boolean
 
 const MAX_LINE_BYTES = 256;
 const MAX_MCP_LINE_BYTES = 64 * 1024;
+const NOTHING: Buffer = Buffer.alloc(0);
 
 type Cut = { line: string; rest: Buffer } | "incomplete" | "too long";
 
@@ -649,7 +650,8 @@ export function takeLine(input: Buffer, { ended, limit }: { ended: boolean; limi
   const end = newline < 0 ? input.length : newline;
   if (end - (input[end - 1] === 13 ? 1 : 0) > limit) return "too long";
   if (newline < 0 && !ended) return "incomplete";
-  return { line: input.toString("utf8", 0, end), rest: input.subarray(end + 1) };
+  const rest = end + 1 < input.length ? input.subarray(end + 1) : NOTHING;
+  return { line: input.toString("utf8", 0, end), rest };
 }
 
 /** Whether the first byte that is not blank is a brace: the line is MCP. */
@@ -800,7 +802,8 @@ export interface Surroundings {
   /** To stdout as it is, and to stderr as a line. */
   print: (text: string) => void;
   log: (text: string) => void;
-  coloured: boolean;
+  /** Whether stdout is a terminal that wants colours; to find out takes time. */
+  isColoured: () => boolean;
 }
 
 /** What effects work with. */
@@ -1145,7 +1148,6 @@ export type Watch = ReturnType<typeof startWatch>;
 const MAX_CONNECTIONS = 1024;
 const MAX_ASKED = 128;
 const MAX_OUTBOX_LENGTH = 64 * 1024;
-const NOTHING: Buffer = Buffer.alloc(0);
 
 /** A conversation in MCP: `ask` brings the INFO object, `send` takes an answer without its newline. */
 export function createMcp({ ask, send }: { ask: () => Info | Promise<Info>; send: (text: string) => void }) {
@@ -1246,11 +1248,11 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
   /** Hands the socket what it takes; true where it took all of something. */
   function flush(socket: Bun.Socket<Peer>): boolean {
     const peer = socket.data;
+    if (peer.unsent.length === 0 && peer.outbox === "") return false;
     if (peer.unsent.length === 0) {
       peer.unsent = Buffer.from(peer.outbox);
       peer.outbox = "";
     }
-    if (peer.unsent.length === 0) return false;
     const taken = Math.max(socket.write(peer.unsent), 0);
     if (taken > 0 || peer.deadlineMs === Infinity) peer.deadlineMs = performance.now() + PATIENCE_MS;
     peer.unsent = peer.unsent.subarray(taken);
@@ -1626,13 +1628,13 @@ async function serve(world: World): Promise<number> {
     const action = `Cannot listen at ${options.host}:${options.port}`;
     throw new Error(`${action}: ${messageOf(error)}; choose another --port, or stop what listens there`);
   }
-  log(`breaker ${VERSION} listens on ${options.host}:${server.port}, looks at ${resolveSource(options)}`);
-  if (options.maxAgeMs < options.intervalMs) log("--max-age is below --interval: between looks the state is unknown");
   const refresh = () => {
     key.forget();
     watch.hurry();
   };
   process.on("SIGHUP", refresh);
+  log(`breaker ${VERSION} listens on ${options.host}:${server.port}, looks at ${resolveSource(options)}`);
+  if (options.maxAgeMs < options.intervalMs) log("--max-age is below --interval: between looks the state is unknown");
   const ticker = setInterval(() => {
     watch.tick();
     server.tick();
@@ -1664,13 +1666,13 @@ export function formatCheck(info: Info, { now, coloured }: { now: number; colour
 
 /** The command `check`. */
 async function check(world: World): Promise<number> {
-  const { options, now, signal, print, coloured } = world;
+  const { options, now, signal, print, isColoured } = world;
   const startedMs = now();
   const reading = mergeLook(UNSEEN, await prepareLook(world).look(() => {}));
   if (signal.aborted) throw new Error("The check was interrupted");
   const moment = { now: now(), reading, options, startedMs };
   const info = describe(moment);
-  print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, { now: moment.now, coloured }));
+  print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, { now: moment.now, coloured: isColoured() }));
   if (info.reason === "unknown") return EXIT.unavailable;
   return info.open ? EXIT.open : EXIT.closed;
 }
@@ -1788,7 +1790,7 @@ if (import.meta.main) {
     stdin: Bun.stdin.stream(),
     print: (text) => writeAll(1, text),
     log,
-    coloured: process.stdout.isTTY && !process.env["NO_COLOR"],
+    isColoured: () => process.stdout.isTTY && !process.env["NO_COLOR"],
   });
   await flush();
   process.exit(code);
