@@ -2845,7 +2845,7 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
   using account = startAccount(respond);
   const stop = new AbortController();
   const argv = ["--host", "127.0.0.1", "--port", "0", "--base-url", account.base, "--source", "costs"];
-  argv.push("--timeout", "250ms", "--interval", "24h");
+  argv.push("--timeout", "500ms", "--interval", "24h");
   if (allowance !== null) argv.push("--allowance", `*=${allowance}`);
   const world: World = {
     env: { OPENAI_ADMIN_KEY: KEY },
