@@ -2836,6 +2836,7 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
     const beganMs = looks[good]?.beganMs ?? -Infinity;
     if (Math.abs(nowMs - beganMs) > 600_000) return false;
     const yesterday = dayOf(nowMs - DAY);
+    if (dayOf(beganMs - DAY) > yesterday) return false; // It did not ask for all of the window.
     return looks.slice(good).every(({ costs, tokens }) => {
       const costly = [...costs].some(([day, amount]) => day >= yesterday && amount > 0);
       return !costly && (allowance === null || (tokens.get(dayOf(nowMs)) ?? 0) < allowance);
@@ -2907,7 +2908,7 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
         if (chance(0.4)) nowMs = Date.parse(dayOf(nowMs)) + DAY - pick(1, 5000, 300_000);
         break;
       case 3: // the clock is set back
-        if (chance(0.1)) nowMs -= pick(5000, 300_000, 700_000);
+        if (chance(0.3)) nowMs -= pick(5000, 300_000, 700_000);
         break;
       case 4:
         if (chance(0.1)) add(spent, pick(0.01, 1e-9, 3));
