@@ -23,6 +23,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import {
   AmountSchema,
+  answerMcp,
   ask,
   beginsMcp,
   bookEntries,
@@ -2216,7 +2217,7 @@ interface Answer {
 
 suite("MCP", () => {
   /** Requests of all revisions, and what their answers hold; null for none. */
-  const messages: [string, string, unknown][] = [
+  const messages: [string, string, object | null][] = [
     [
       "initialize 2025-11-25",
       request(0, "initialize", {
@@ -2395,8 +2396,15 @@ suite("MCP", () => {
       null,
     ],
     ["an answer", '{"jsonrpc":"2.0","id":1,"result":{}}', null],
-    ["a blank line", "  ", null],
   ];
+  test.each(messages)("%s", (_, message, expected) => {
+    const answer = answerMcp(message);
+    const info = describeInfo({ now: 0, reading: { ...UNSEEN, asOfMs: 0 }, options: optionsOf(), startedMs: 0 });
+    const text = answer.kind === "ask" ? answer.finish(info) : answer.kind === "reply" ? answer.text : null;
+    if (expected === null) expect(text).toBeNull();
+    else expect(JSON.parse(text ?? "null")).toMatchObject(expected);
+  });
+
   const expected = messages.flatMap(([, , answer]) => (answer === null ? [] : [answer]));
   const parse = (text: string): Answer[] =>
     text
@@ -2422,7 +2430,7 @@ suite("MCP", () => {
   test("answers every message over stdio, and ends with the input", async () => {
     using account = startAccount(always(FREE));
     await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
-    const stdin = messages.map(([, message]) => `${message}\n`).join("");
+    const stdin = messages.map(([, message]) => `${message}\n  \n`).join(""); // blank lines are passed over
     const byId = (answers: unknown[]) => answers.map((answer) => JSON.stringify(answer)).sort();
     for (const start of [run, spawnCommand]) {
       const { code, out } = await start(["mcp", "--port", String(breaker.port)], { stdin });

@@ -1150,7 +1150,7 @@ const MAX_ASKED = 128;
 const MAX_OUTBOX_LENGTH = 64 * 1024;
 
 /** A conversation in MCP: `ask` brings the INFO object, `send` takes an answer without its newline. */
-export function createMcp({ ask, send }: { ask: () => Info | Promise<Info>; send: (text: string) => void }) {
+function createMcp({ ask, send }: { ask: () => Info | Promise<Info>; send: (text: string) => void }) {
   /** Requests that wait for INFO; one that is cancelled gets no answer. */
   const asked = new Set<Id>();
   function hear(line: string): void {
@@ -1337,7 +1337,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: hooks ──────────────────────────────────────────────────────────────────────────────
 
 /** Makes the function that runs the hook for a change of the answer: one at a time, in order. */
-export function createHooks({ options, env, signal, log }: World): (info: Info) => void {
+function createHooks({ options, env, signal, log }: World): (info: Info) => void {
   let wasOpen = false;
   let queue = Promise.resolve();
 
@@ -1576,7 +1576,7 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
 // ── main ────────────────────────────────────────────────────────────────────────────────────────
 
 /** Serves a simulated account on loopback that costs one cent after 10 s; gives its base URL. */
-export function startDrill({ now, signal }: { now: () => number; signal: AbortSignal }): string {
+function startDrill({ now, signal }: { now: () => number; signal: AbortSignal }): string {
   const startedMs = now();
   const server = Bun.serve({
     hostname: "127.0.0.1",
