@@ -429,6 +429,7 @@ suite("options", () => {
     [["--project", "p", "--base-url", "https://gateway.example"], {}, /^--project "p".*--source costs/],
     [["--prot", "1"], {}, /^--prot: no such option/],
     [["-x"], {}, /^-x: no such option/],
+    [["stop", "-p", "1"], {}, /^-p: no such option/],
     [["nonsense"], {}, /^nonsense: expected a command/],
     [["check", "more"], {}, /^more: expected nothing more after check/],
     [["exec"], {}, /^exec: expected exec -- CMD/],
@@ -499,6 +500,7 @@ suite("amounts", () => {
     [".5", 0.5],
     ["1e2", 100],
     ["1E-6176", 1e-300],
+    ["-1E-6176", 0],
     [Number.MIN_VALUE, 1e-300],
     ["", null],
     [" ", null],
@@ -1068,6 +1070,7 @@ const truths: [string, Respond, Verdict, string?][] = [
   ["status 201", always(http(page([]), { status: 201 })), "TRUE unknown"],
   ["status 204", always(http("", { status: 204 })), "TRUE unknown"],
   ["status 400", always(http(page([]), { status: 400 })), "TRUE unknown"],
+  ["status 401 with a body over 1 MiB", always(http(" ".repeat(2 ** 21), { status: 401 })), "TRUE unknown"],
   ["status 401", always(http({ error: { message: "Incorrect API key" } }, { status: 401 })), "TRUE unknown"],
   ["status 403", always(http({ error: "Missing scopes: api.usage.read." }, { status: 403 })), "TRUE unknown"],
   ["status 404", always(http("", { status: 404 })), "TRUE unknown"],
@@ -2116,10 +2119,7 @@ suite("exec", () => {
     await using guarded = await startGuarded(CENT);
     const file = join(makeFolder(), "ran");
     const refused = await run(["exec", ...guarded.at, "--", "touch", file]);
-    expect([refused.code, refused.err]).toEqual([
-      75,
-      expect.stringContaining(`touch was not started: 0.01 usd on ${today()}`),
-    ]);
+    expect([refused.code, refused.err]).toEqual([75, expect.stringContaining("touch was not started: 0.01 usd on 20")]);
     expect((await run(["exec", "--port", await findFreePort(), "--", "touch", file])).code).toBe(69);
     expect(existsSync(file)).toBe(false);
   });
@@ -2654,7 +2654,7 @@ suite("slowly", () => {
       await until(() => breaker.log().includes("--on-trip: hello from the hook"));
       const { asOf } = await breaker.info();
       await until(async () => (await breaker.info()).asOf !== asOf); // another look
-      expect(readFileSync(`${folder}/fired`, "utf8")).toBe(`TRUE cost 0.01 0.01 usd on ${today()} (UTC)\n`);
+      expect(readFileSync(`${folder}/fired`, "utf8")).toMatch(/^TRUE cost 0.01 0.01 usd on \d{4}-\d\d-\d\d \(UTC\)\n$/);
       expect(JSON.parse(readFileSync(`${folder}/info`, "utf8"))).toMatchObject({
         open: true,
         reason: "cost",

@@ -177,7 +177,10 @@ export function parseArguments(argv: string[], env: Env): Invocation {
   const read = parseArgs({ args: words, options: Object.fromEntries(types), allowPositionals: true, strict: false });
   const given = new Map(Object.entries(read.values).map(([name, value = []]) => [name, [value].flat()]));
   const stray = [...given.keys()].find((name) => !ROWS.some((row) => row.name === name));
-  if (stray) throw new UsageError(`${words.find((word) => word.includes(stray))}: no such option; see --help`);
+  if (stray) {
+    const bad = words.find((one) => one.startsWith("-") && one.includes(stray));
+    throw new UsageError(`${bad}: no such option, expected one of those in --help`);
+  }
   const drilling = String(given.get("drill")?.at(-1) ?? env["BREAKER_DRILL"]) === "true";
   const texts: Record<string, unknown> = {};
   for (const { key, schema, name, takes, many, fallback, drillFallback, expects } of ROWS) {
@@ -205,8 +208,10 @@ export function parseArguments(argv: string[], env: Env): Invocation {
     throw new UsageError(`${first}: expected exec -- CMD, the only command with a --; see --help`);
   }
   if (resolveSource(options) === "billing" && options.allowances.length + options.projects.length > 0) {
-    const place = options.projects[0] ? `--project "${options.projects[0]}"` : "--allowance";
-    throw new UsageError(`${place}: expected --source costs with it, billing cannot tell; see --help`);
+    const [name, value] = options.projects[0]
+      ? ["--project", options.projects[0]]
+      : ["--allowance", options.allowances[0]?.models];
+    throw new UsageError(`${name} "${value}": expected --source costs with it, billing cannot tell; see --help`);
   }
   return { command: named.data, options, rest };
 }
@@ -232,12 +237,17 @@ export const AmountSchema = z
   .union([z.number(), z.string().regex(/^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i)])
   .transform((value) => {
     if (Math.abs(Number(value)) >= TINY) return Number(value);
-    return /^[^e]*[1-9]/i.test(String(value)) ? TINY : 0;
+    return /^[^e-]*[1-9]/i.test(String(value)) ? TINY : 0;
   })
   .pipe(z.number());
 
 /** Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
 const SecondsSchema = z.number().min(1e9).max(1e10);
+
+/** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
+export function formatDay(ms: number): string {
+  return new Date(ms).toISOString().slice(0, 10);
+}
 
 /** The first and the last UTC day of a bucket, in Unix seconds; without an end it is a day long. */
 function listSpan(start: number, end = start + 86400): { day: string; lastDay: string } {
@@ -321,11 +331,6 @@ export type Info = z.output<typeof InfoSchema>;
 const KeySchema = z.string().regex(/^[\x21-\x7e]+$/);
 
 // ── Money and time ──────────────────────────────────────────────────────────────────────────────
-
-/** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
-export function formatDay(ms: number): string {
-  return new Date(ms).toISOString().slice(0, 10);
-}
 
 /** The UTC days before, at and after `now`: yesterday, today and tomorrow. */
 export function listDays(now: number): { yesterday: string; today: string; tomorrow: string } {
@@ -531,10 +536,11 @@ function sumSince(first: string, byDay: ByDay = {}): { total: number; days: ByDa
   return { total: seen.reduce((sum, [, count]) => sum + count, 0), days: Object.fromEntries(seen.sort()) };
 }
 
-/** The allowances, and the tokens of today that count toward each; null where none was looked for yet. */
+/** The allowances, and the tokens of today that count toward each; null where none was ever looked for. */
 function listAllowances({ now, reading, options }: Moment): Info["allowances"] {
   const { today } = listDays(now);
-  const use = (index: number) => sumSince(today, reading.tokens[index])?.total ?? null;
+  const none = reading.asOfMs === null ? null : 0;
+  const use = (index: number) => sumSince(today, reading.tokens[index])?.total ?? none;
   return options.allowances.map(({ models, limit }, index) => ({ models, used: use(index), limit }));
 }
 
@@ -575,10 +581,11 @@ export function decide({ now, reading, options, elapsedMs = 0 }: Moment): Decisi
 export function describe({ startedMs, ...moment }: Moment & { startedMs: number }): Info {
   const { now, reading, options, elapsedMs = 0 } = moment;
   const { asOfMs, currency, error } = reading;
-  const window = sumSince(listDays(now).yesterday, reading.days);
+  const { total, days } = sumSince(listDays(now).yesterday, reading.days) ?? { total: 0, days: {} };
+  const isSeen = Object.keys(reading.days).length > 0;
   return {
     ...decide(moment),
-    cost: window && { total: window.total, currency: currency ?? "usd", days: window.days },
+    cost: isSeen ? { total, currency: currency ?? "usd", days } : null,
     threshold: options.thresholdUsd,
     allowances: listAllowances(moment),
     asOf: asOfMs === null ? null : new Date(asOfMs).toISOString(),
@@ -956,10 +963,10 @@ function listEndpoints(options: Options, now: number): Endpoint[] {
 function advise(status: number, options: Options): string {
   if (status >= 300 && status < 400) return "; a redirect is not followed, set --base-url to where it leads";
   if (status === 404) return "; check --base-url and --source";
-  if (status !== 401 && status !== 403) return "";
+  if (status !== 401 && status !== 403) return "; the next look comes by itself";
   if (resolveSource(options) === "billing") return "; check the key; api.openai.com wants --source costs";
-  const store = `pass insert ${options.passEntry}`;
-  return `; create an admin key with the scope api.usage.read at ${KEYS_URL} and run: ${store}`;
+  const store = `run: pass insert ${options.passEntry} (or set OPENAI_ADMIN_KEY)`;
+  return `; create an admin key with the scope api.usage.read at ${KEYS_URL} and ${store}`;
 }
 
 /** The body of a response, null when it is over 1 MiB, counted after decompression. */
@@ -978,12 +985,13 @@ async function readBody(response: Response): Promise<string | null> {
 /** Looks at the account once; `onSeen` hears what was seen so far. Never throws: a failed look holds its `error`. */
 export type LookAt = (onSeen: (look: Reading) => void) => Promise<Reading>;
 
+/** Makes the look at the account that the options ask for, with the key of `key`. */
 export function createLook({ options, now, signal }: World, key: KeySource): LookAt {
   const { baseUrl, timeoutMs } = options;
 
   /** The body of a good answer; throws an Error that says what is wrong, and what to do. */
   async function request(path: string, { secret, look }: { secret: string; look: Reading }): Promise<unknown> {
-    const response = await fetch(`${baseUrl}${path}`, {
+    const asked = fetch(`${baseUrl}${path}`, {
       headers: { authorization: `Bearer ${secret}`, accept: "application/json", "cache-control": "no-cache" },
       redirect: "manual",
       keepalive: false,
@@ -991,17 +999,18 @@ export function createLook({ options, now, signal }: World, key: KeySource): Loo
       tls: { rejectUnauthorized: true },
       signal: AbortSignal.any([signal, AbortSignal.timeout(timeoutMs)]),
     });
+    const response = await asked.catch((error) => {
+      throw new Error(`${messageOf(error)}; check the network and --base-url`);
+    });
     const { status, headers } = response;
-    const text = await readBody(response);
-    if (text === null) throw new Error("the answer is over 1 MiB; check --base-url");
-    const body = parseJson(text);
+    if (status === 401 || status === 403) key.forget();
+    look.retryAfterMs = Math.max(look.retryAfterMs, parseRetryAfter(headers.get("retry-after"), now()));
+    const text = await readBody(response).catch((error) => (status === 200 ? Promise.reject(error) : ""));
+    const body = parseJson(text ?? "");
     const { error } = JsonSchema.safeParse(body).data ?? {};
     const refusal = RefusalSchema.safeParse(body).data?.error ?? "no reason given";
-    if (status !== 200) {
-      if (status === 401 || status === 403) key.forget();
-      look.retryAfterMs = Math.max(look.retryAfterMs, parseRetryAfter(headers.get("retry-after"), now()));
-      throw new Error(`HTTP ${status}, ${refusal}${advise(status, options)}`);
-    }
+    if (status !== 200) throw new Error(`HTTP ${status}, ${refusal}${advise(status, options)}`);
+    if (text === null) throw new Error("the answer is over 1 MiB; check --base-url");
     const date = headers.get("date");
     if (date !== null && !(Math.abs(Date.parse(date) - now()) <= MAX_CLOCK_SKEW_MS)) {
       throw new Error(`the answer is dated ${date}; set this machine's clock`);
@@ -1431,7 +1440,11 @@ interface Process {
 /** The processes that run on this machine, without those that have ended and wait for their parents. */
 function listProcesses(): Process[] {
   if (existsSync("/proc/self/stat")) return readdirSync("/proc").flatMap(readProcess);
-  return parsePs(Bun.spawnSync(["ps", "-A", "-o", "pid=,ppid=,stat=,lstart=,args="]).stdout.toString());
+  return parsePs(
+    Bun.spawnSync(["ps", "-A", "-o", "pid=,ppid=,stat=,lstart=,args="], {
+      env: { PATH: "/usr/bin:/bin" },
+    }).stdout.toString(),
+  );
 }
 
 /** Reads the lines of `ps`: `"7 1 S+ Mon Nov 23 11:04:57 2026 bun breaker.ts"` → `[{ pid: 7, parent: 1, … }]` */
@@ -1474,7 +1487,10 @@ function isServing(pid: number): boolean {
 /** Ends the breaker that answers at `address`, and waits until it is gone; throws where that cannot be. */
 async function stopBreaker(address: Address): Promise<number> {
   const { pid } = await askInfo(address);
-  if (!isServing(pid)) throw new Error(`Process ${pid} is no breaker of this machine; stop the breaker where it runs`);
+  if (!isServing(pid))
+    throw new Error(
+      `Process ${pid} is no breaker that runs here as bun breaker.ts; stop it where it runs, or with: kill`,
+    );
   if (!kill(pid, "SIGTERM")) throw new Error(`Process ${pid} cannot be stopped; try it as the user who started it`);
   if (await waitWhile(() => isServing(pid), address.timeoutMs)) return EXIT.closed;
   throw new Error(`Process ${pid} does not stop; end it with: kill -9 ${pid}`);
@@ -1518,20 +1534,20 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     log(`the breaker is open, ${argv[0]} was not started: ${await giveReason()}`);
     return EXIT.stopped;
   }
+  let child: Bun.Subprocess;
   const signals: NodeJS.Signals[] = ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"];
-  const pass = (signal: NodeJS.Signals) => {
+  const passOn = (signal: NodeJS.Signals) => {
     const isTyped = (signal === "SIGINT" || signal === "SIGQUIT") && isForeground();
     if (!isTyped) child.kill(signal);
   };
   const mark = `BREAKER_EXEC=${crypto.randomUUID()}`;
-  for (const signal of signals) process.on(signal, pass); // First of all: no signal may miss the child.
-  let child: Bun.Subprocess;
+  for (const signal of signals) process.on(signal, passOn); // First of all: no signal may miss the child.
   try {
     const extra = { BREAKER_EXEC: mark.split("=")[1] };
     child = Bun.spawn(argv, { env: childEnv(env, extra), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
-    for (const signal of signals) process.off(signal, pass);
+    for (const signal of signals) process.off(signal, passOn);
     return z.object({ code: z.literal("ENOENT") }).safeParse(error).success ? EXIT.notFound : EXIT.notExecutable;
   }
   let family = listProcesses().filter(({ pid }) => pid === child.pid);
@@ -1569,7 +1585,7 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     await child.exited;
     return EXIT.stopped;
   } finally {
-    for (const signal of signals) process.off(signal, pass);
+    for (const signal of signals) process.off(signal, passOn);
   }
 }
 

@@ -1,3 +1,5 @@
+set positional-arguments
+
 # Without a Bun of its own, a machine with Node runs it from npm.
 bun := `command -v bun >/dev/null && echo bun || echo npx -y bun@1.4.5`
 
@@ -6,30 +8,35 @@ default:
     @just --list
 
 # Start the breaker, e.g. just run --port 5556
+[no-exit-message]
 run *args:
-    {{ bun }} --no-env-file breaker.ts {{ args }}
+    {{ bun }} --no-env-file breaker.ts "$@"
 
 # Stop the breaker that runs on this machine
+[no-exit-message]
 stop *args:
-    {{ bun }} --no-env-file breaker.ts stop {{ args }}
+    {{ bun }} --no-env-file breaker.ts stop "$@"
 
 # Ask the running breaker: TRUE or FALSE
+[no-exit-message]
 status *args:
-    {{ bun }} --no-env-file breaker.ts status {{ args }}
+    {{ bun }} --no-env-file breaker.ts status "$@"
 
 # Look at the account once and say what it costs
+[no-exit-message]
 check *args:
-    {{ bun }} --no-env-file breaker.ts check {{ args }}
+    {{ bun }} --no-env-file breaker.ts check "$@"
 
 # See it trip within half a minute, without an account
+[no-exit-message]
 drill *args:
-    {{ bun }} --no-env-file breaker.ts --drill {{ args }}
+    {{ bun }} --no-env-file breaker.ts --drill "$@"
 
 # Install the packages, then check types, format and behaviour
 test *args: packages
     {{ bun }} check
     {{ bun }} fmt --check
-    {{ bun }} test --coverage {{ args }}
+    {{ bun }} test --coverage "$@"
 
 # Format everything
 fmt:
@@ -37,7 +44,7 @@ fmt:
 
 # Measure speed, processor time, memory and start-up, side by side with others
 bench *args: packages
-    {{ bun }} --no-env-file bench/bench.ts {{ args }}
+    {{ bun }} --no-env-file bench/bench.ts "$@"
 
 # Install the packages of the lock file
 [private]

@@ -207,7 +207,7 @@ async function installSdk(): Promise<string[]> {
   const [node, npm] = [Bun.which("node"), Bun.which("npm")];
   if (!node || !npm) throw new Error("there is no node with npm");
   const flags = ["--prefix", folder, "--no-audit", "--no-fund", "--ignore-scripts"];
-  await run([npm, "install", ...flags, "@modelcontextprotocol/sdk@1"], INSTALL_LIMIT_MS);
+  await run([npm, "install", ...flags, "@modelcontextprotocol/sdk@1.32.2"], INSTALL_LIMIT_MS);
   copyFileSync(join(HERE, "mcp-sdk-server.mjs"), join(folder, "server.mjs"));
   return [node, join(folder, "server.mjs")];
 }
