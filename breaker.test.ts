@@ -862,6 +862,19 @@ suite("the decision", () => {
     expect(mergeLook(reading, look)).toMatchObject(expected);
   });
 
+  test("a threshold in usd never holds for what was seen in another currency", () => {
+    const options = optionsOf("--threshold", "5");
+    const rows = page([bucket(0, { value: 0, currency: "usd" }, { value: 4, currency: "eur" })]);
+    const look: Reading = { ...UNSEEN, days: {}, error: "mixed" };
+    const { entries } = readPage(rows, CostRowSchema);
+    expect(bookEntries(look, { entries, now: Date.now(), options })).toBe("usd and eur are mixed");
+    const good = { ...UNSEEN, asOfMs: Date.now(), days: { [yesterday()]: 0, [today()]: 0 } };
+    for (const currency of [null, "usd", "eur"]) {
+      const reading = mergeLook({ ...good, currency }, look);
+      expect(decide({ now: Date.now(), reading, options })).toMatchObject({ open: true, reason: "cost" });
+    }
+  });
+
   test("a model counts toward the first allowance that it matches, cached tokens once, null as the empty name", () => {
     const look: Reading = { ...UNSEEN, days: {}, tokens: [{}, {}] };
     const rows = usage(
@@ -1043,6 +1056,8 @@ const truths: [string, Respond, Verdict, string?][] = [
     body([{ ...bucket(0, 0), start_time: bucket(0).start_time + 3600, end_time: undefined }]),
     "FALSE none",
   ],
+  ["a bucket that ends as it begins", body([{ ...bucket(1, 5), end_time: bucket(1).start_time }]), "TRUE cost"],
+  ["a bucket that ends before it begins", body([{ ...bucket(0, 5), end_time: bucket(3).start_time }]), "TRUE cost"],
   ["a bucket far in the future", body([bucket(-3, 1)]), "TRUE unknown"],
   ["data that is no list", body({}), "TRUE unknown"],
   ["no data", always(http({ object: "page", has_more: false })), "TRUE unknown"],
@@ -1096,6 +1111,12 @@ const truths: [string, Respond, Verdict, string?][] = [
     "billing: a day that begins elsewhere",
     cents(50, [{ timestamp: daily(1).timestamp - 8 * 3600, line_items: [{ cost: 50 }] }]),
     "TRUE unknown",
+    "billing",
+  ],
+  [
+    "billing: a free day that begins elsewhere",
+    cents(0, [{ timestamp: daily(1).timestamp - 8 * 3600, line_items: [{ cost: 0 }] }]),
+    "FALSE none",
     "billing",
   ],
   ["billing: a cost too small for a number", cents("1E-6176"), "TRUE cost", "billing"],
@@ -2132,6 +2153,18 @@ suite("exec", () => {
     guarded.state.answer = CENT;
     const { code, err } = await running;
     expect([code, err]).toEqual([75, expect.stringContaining("stopping sh: 0.01 usd")]);
+  });
+
+  test("within exec ends the daemons of both", async () => {
+    await using guarded = await startGuarded(FREE);
+    const file = join(makeFolder(), "pid");
+    const daemon = `(setsid sh -c 'echo $$ > ${file}; exec sleep 50' > /dev/null 2>&1 &); exec sleep 40`;
+    const inner = [process.execPath, SCRIPT, "exec", ...guarded.at, "--", "sh", "-c", daemon];
+    const child = spawnExec([...guarded.at, "--", ...inner]);
+    const pid = Number(await until(() => existsSync(file) && readFileSync(file, "utf8").trim()));
+    guarded.state.answer = CENT;
+    expect(await child.exited).toBe(75);
+    await until(() => !isRunning(pid));
   });
 
   test("hides the key from its command", async () => {

@@ -251,7 +251,8 @@ export function formatDay(ms: number): string {
 
 /** The first and the last UTC day of a bucket, in Unix seconds; without an end it is a day long. */
 function listSpan(start: number, end = start + 86400): { day: string; lastDay: string } {
-  return { day: formatDay(start * SECOND), lastDay: formatDay(end * SECOND - 1) };
+  const lastSecond = Math.max(start, end - 1);
+  return { day: formatDay(start * SECOND), lastDay: formatDay(lastSecond * SECOND) };
 }
 
 const JsonSchema = z.looseObject({});
@@ -497,8 +498,9 @@ export function bookEntries(look: Reading, { entries, now, options }: Omit<Momen
   let problem: string | null = null;
   for (const entry of entries.filter(({ lastDay }) => lastDay >= yesterday)) {
     const { day, lastDay } = entry;
+    const isFree = "cost" in entry ? entry.cost <= 0 : entry.tokens === 0;
     if (day < yesterday) {
-      problem ??= `a bucket of ${day} reaches into ${lastDay}, its costs cannot be told apart`;
+      if (!isFree) problem ??= `a bucket of ${day} reaches into ${lastDay}, its costs cannot be told apart`;
     } else if (day > tomorrow) {
       problem ??= `${day} lies in the future; check this machine's clock`;
     } else if ("tokens" in entry) {
@@ -506,11 +508,17 @@ export function bookEntries(look: Reading, { entries, now, options }: Omit<Momen
       if (tokens) tokens[day] = (tokens[day] ?? 0) + entry.tokens;
     } else {
       look.days[day] = (look.days[day] ?? 0) + Math.max(entry.cost, 0);
-      look.currency ??= entry.currency;
-      if (look.currency !== entry.currency) problem ??= `${look.currency} and ${entry.currency} are mixed`;
+      const mixed = look.currency !== null && look.currency !== entry.currency;
+      if (mixed) problem ??= `${look.currency} and ${entry.currency} are mixed`;
+      look.currency = joinCurrencies(look.currency, entry.currency);
     }
   }
   return problem;
+}
+
+/** The one that is not usd, where there is one: the threshold is in usd, and must not hold for others. */
+function joinCurrencies(one: string | null, other: string | null): string | null {
+  return [one, other].find((currency) => currency !== null && currency !== "usd") ?? one ?? other;
 }
 
 /** What was known and what was seen, day by day the larger: a cost that was seen is never taken back. */
@@ -520,7 +528,8 @@ export function raiseReading(reading: Reading, seen: Reading): Reading {
     return { ...known, ...Object.fromEntries(larger) };
   };
   const tokens = seen.tokens.map((used, index) => raise(reading.tokens[index], used));
-  return { ...reading, days: raise(reading.days, seen.days), currency: seen.currency ?? reading.currency, tokens };
+  const currency = joinCurrencies(reading.currency, seen.currency);
+  return { ...reading, days: raise(reading.days, seen.days), currency, tokens };
 }
 
 /** A good look replaces the reading; a failed one can only raise it. */
@@ -1540,10 +1549,10 @@ async function guard(argv: string[], { options, env, log }: World): Promise<numb
     const isTyped = (signal === "SIGINT" || signal === "SIGQUIT") && isForeground();
     if (!isTyped) child.kill(signal);
   };
-  const mark = `BREAKER_EXEC=${crypto.randomUUID()}`;
+  const mark = crypto.randomUUID();
   for (const signal of signals) process.on(signal, passOn); // First of all: no signal may miss the child.
   try {
-    const extra = { BREAKER_EXEC: mark.split("=")[1] };
+    const extra = { BREAKER_EXEC: `${env["BREAKER_EXEC"] ?? ""} ${mark}`.trim() }; // After that of an exec around it.
     child = Bun.spawn(argv, { env: childEnv(env, extra), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
