@@ -161,6 +161,20 @@ function startAccount(respond: Respond) {
   };
 }
 
+/** An account that costs nothing, and says so only once it is released. */
+function startHeldAccount() {
+  let held: Bun.Socket<{ text: string }> | null = null;
+  const account = startAccount((_, socket) => {
+    held = socket;
+    return null;
+  });
+  const release = () => {
+    held?.write(FREE);
+    held?.end();
+  };
+  return { ...account, release };
+}
+
 interface Amount {
   value?: unknown;
   currency?: unknown;
@@ -1545,19 +1559,12 @@ suite("real clients", () => {
   ];
   for (const [program, command] of clients) {
     needs(program)(`${command}, also while the first look hangs`, async () => {
-      let release = () => {};
-      using account = startAccount((_, socket) => {
-        release = () => {
-          socket.write(FREE);
-          socket.end();
-        };
-        return null;
-      });
+      using account = startHeldAccount();
       await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
       const early = sh(command.replace("PORT", String(breaker.port)));
       await until(() => account.requests.length === 1);
       await Bun.sleep(100); // the client has asked and half-closed by now
-      release();
+      account.release();
       expect(await early).toMatchObject({ code: 0, out: "FALSE\n" });
       expect(await sh(command.replace("PORT", String(breaker.port)))).toMatchObject({ code: 0, out: "FALSE\n" });
     });
@@ -2508,24 +2515,19 @@ suite("MCP", () => {
   });
 
   test("a call waits for the first look, others do not, and a cancelled one gets no answer", async () => {
-    let release = () => {};
-    using account = startAccount((_, socket) => {
-      release = () => {
-        socket.write(FREE);
-        socket.end();
-      };
-      return null;
-    });
+    using account = startHeldAccount();
     await using breaker = await serve(["--base-url", account.base, "--source", "costs"]);
     const call = (id: number) => request(id, "tools/call", { name: "breaker_status" });
     const cancel = '{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":2}}';
-    const talking = talk(breaker.port, [`${call(1)}\n${call(2)}\n${cancel}\n${request(3, "ping")}\n`]);
-    await until(() => account.requests.length === 1);
-    release();
-    expect(parse(await talking)).toMatchObject([
-      { id: 3, result: {} },
-      { id: 1, result: { structuredContent: { open: false } } },
-    ]);
+    const socket = connect({ port: breaker.port, host: "127.0.0.1" });
+    let text = "";
+    const ended = new Promise((resolve) => socket.on("data", (chunk) => (text += chunk)).on("end", resolve));
+    socket.end(`${call(1)}\n${call(2)}\n${cancel}\n${request(3, "ping")}\n`);
+    await until(() => text.includes("\n") && account.requests.length === 1);
+    expect(parse(text)).toMatchObject([{ id: 3, result: {} }]);
+    account.release();
+    await ended;
+    expect(parse(text).slice(1)).toMatchObject([{ id: 1, result: { structuredContent: { open: false } } }]);
   });
 
   test("a line over 64 KiB ends the connection with one error, after the answers before it", async () => {
