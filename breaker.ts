@@ -498,8 +498,8 @@ export function bookEntries(look: Reading, { entries, now, options }: Omit<Momen
   let problem: string | null = null;
   for (const entry of entries.filter(({ lastDay }) => lastDay >= yesterday)) {
     const { day, lastDay } = entry;
-    const isFree = "cost" in entry ? entry.cost <= 0 : entry.tokens === 0;
     if (day < yesterday) {
+      const isFree = "cost" in entry ? entry.cost <= 0 : entry.tokens === 0;
       if (!isFree) problem ??= `a bucket of ${day} reaches into ${lastDay}, its costs cannot be told apart`;
     } else if (day > tomorrow) {
       problem ??= `${day} lies in the future; check this machine's clock`;
@@ -545,6 +545,11 @@ function sumSince(first: string, byDay: ByDay = {}): { total: number; days: ByDa
   return { total: seen.reduce((sum, [, count]) => sum + count, 0), days: Object.fromEntries(seen.sort()) };
 }
 
+/** What was seen of the window at `now`: yesterday and today, UTC. */
+function sumWindow({ now, reading }: Moment): { total: number; days: ByDay } {
+  return sumSince(listDays(now).yesterday, reading.days) ?? { total: 0, days: {} };
+}
+
 /** The allowances, and the tokens of today that count toward each; null where none was ever looked for. */
 function listAllowances({ now, reading, options }: Moment): Info["allowances"] {
   const { today } = listDays(now);
@@ -556,16 +561,17 @@ function listAllowances({ now, reading, options }: Moment): Info["allowances"] {
 export type Decision = Pick<Info, "open" | "reason" | "message">;
 
 /** What a reading means at `now`. The order is the contract: a cost that was seen wins. */
-export function decide({ now, reading, options, elapsedMs = 0 }: Moment): Decision {
+export function decide(moment: Moment): Decision {
+  const { now, reading, options, elapsedMs = 0 } = moment;
   const { yesterday, today } = listDays(now);
   const { asOfMs, currency, error } = reading;
-  const { total, days } = sumSince(yesterday, reading.days) ?? { total: 0, days: {} };
+  const { total, days } = sumWindow(moment);
   if (total > (currency === "usd" ? options.thresholdUsd : 0)) {
     const costs = Object.entries(days).filter(([, cost]) => cost > 0);
     const parts = costs.map(([day, cost]) => `${formatAmount(cost)} ${currency} on ${day}`);
     return { open: true, reason: "cost", message: `${parts.join(" and ")} (UTC)` };
   }
-  const full = listAllowances({ now, reading, options }).find(({ used, limit }) => (used ?? 0) >= limit);
+  const full = listAllowances(moment).find(({ used, limit }) => (used ?? 0) >= limit);
   if (full) {
     const message = `${full.used} of ${full.limit} tokens of ${full.models} used on ${today} (UTC)`;
     return { open: true, reason: "allowance", message };
@@ -590,7 +596,7 @@ export function decide({ now, reading, options, elapsedMs = 0 }: Moment): Decisi
 export function describe({ startedMs, ...moment }: Moment & { startedMs: number }): Info {
   const { now, reading, options, elapsedMs = 0 } = moment;
   const { asOfMs, currency, error } = reading;
-  const { total, days } = sumSince(listDays(now).yesterday, reading.days) ?? { total: 0, days: {} };
+  const { total, days } = sumWindow(moment);
   const isSeen = Object.keys(reading.days).length > 0;
   return {
     ...decide(moment),
@@ -1777,8 +1783,6 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
   }
 }
 
-const MAX_LOG_LINES = 1000;
-
 /** Writes all of a text, also to a pipe that is full for a while. */
 function writeAll(file: number, text: string): void {
   for (let rest = Buffer.from(text); rest.length > 0;) {
@@ -1790,6 +1794,8 @@ function writeAll(file: number, text: string): void {
     }
   }
 }
+
+const MAX_LOG_LINES = 1000;
 
 /** Writes lines to `file` in their order and never waits for them: the disk may be full, the reader asleep. */
 export function createLog(file: number) {
