@@ -1,4 +1,5 @@
 #!/usr/bin/env -S bun -i --no-env-file
+// SPDX-License-Identifier: MIT
 /// <reference types="bun-types" />
 /**
  * breaker: a circuit breaker for the costs of an OpenAI account.
@@ -19,15 +20,16 @@
  *
  * The file reads from top to bottom: options, schemas, money and time, the decision, the protocol and
  * MCP are pure; the effects follow; `main` comes last. Importing it does nothing.
+ * Its documentation is the README.md of the project "breaker".
  *
  * @module
  */
-import { existsSync, readdirSync, readFileSync, write, writeSync } from "node:fs";
 import { basename } from "node:path";
+import { isatty } from "node:tty";
 import { parseArgs } from "node:util";
 import { z } from "zod@4.6.7";
 
-export const VERSION = "1.0.0";
+export const VERSION = "1.1.0";
 
 const EXIT = { closed: 0, open: 1, usage: 64, unavailable: 69, stopped: 75, notExecutable: 126, notFound: 127 };
 
@@ -39,33 +41,26 @@ const MINUTE = 60 * SECOND;
 const HOUR = 60 * MINUTE;
 const DAY = 24 * HOUR;
 
-/** A text of a form; `expects` is what the user is told where it has another. */
-function text(form: RegExp, expects: string) {
-  return z.string().regex(form).meta({ expects });
-}
-
 const UNITS = new Map(Object.entries({ ms: 1, s: SECOND, m: MINUTE, h: HOUR, "": 1, k: 1e3, M: 1e6, G: 1e9 }));
 
 /** A number with a unit, as the number: `"10m"` → 600000, `"1.5M"` → 1500000. */
-function scaled(form: RegExp, { min = 0, max = Infinity, expects = "" }) {
+function scaled(form: RegExp, { min = 0, max = Infinity } = {}) {
   const scale = (text: string) => Number.parseFloat(text) * (UNITS.get(text.replace(/^[\d.]+/, "")) ?? NaN);
-  const range = z.number().min(min).max(max);
-  return text(form, expects).transform(scale).pipe(range).meta({ expects });
+  return z.string().regex(form).transform(scale).pipe(z.number().min(min).max(max));
 }
 
-const truth = z
-  .stringbool({ truthy: ["true"], falsy: ["false"], case: "sensitive" })
-  .meta({ expects: "true or false" });
-const command = text(/^[^\0]*$/, "a shell command");
-const word = text(/^[^\s\p{Cc}]+$/u, "a word");
-const host = word.meta({ expects: "a host name or an address" });
-const port = scaled(/^\d{1,5}$/, { max: 65535, expects: "a port from 0 to 65535" });
-const amount = scaled(/^(\d+\.?\d*|\.\d+)$/, { expects: "an amount such as 0, 0.5 or 20" });
-const times = "a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h";
-const duration = scaled(/^\d+(ms|s|m|h)$/, { min: 1, max: DAY, expects: times });
-const projects = z.array(word).meta({ expects: "a project ID such as proj_abc" });
-const source = z.enum(["auto", "costs", "billing"]).meta({ expects: "auto, costs or billing" });
-const passEntry = text(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u, "the name of an entry of pass");
+/** Whether an address, also an IPv4 one written as IPv6, is this machine's loopback. */
+export function isLoopback(host: string): boolean {
+  return /^((::ffff:)?127(\.\d{1,3}){3}|\[?::1\]?)$/.test(host);
+}
+
+/** By its name, localhost may lead to `::1`, where another user of this machine may listen. */
+function resolveLocalhost(host: string): string {
+  return host.toLowerCase() === "localhost" ? "127.0.0.1" : host;
+}
+
+const word = z.string().regex(/^[^\s\p{Cc}]+$/u);
+const line = z.string().regex(/^\P{Cc}*$/u);
 
 /** `"*-mini*,*-nano*=10M"` → `{ models: "*-mini*,*-nano*", limit: 10000000 }`, in tokens a UTC day. */
 const allowance = word
@@ -73,44 +68,68 @@ const allowance = word
   .transform((text) => text.split("=", 2))
   .pipe(z.tuple([z.string(), scaled(/^\d+(\.\d+)?[kMG]?$/, { min: Number.MIN_VALUE })]))
   .transform(([models, limit]) => ({ models, limit }));
-const allowances = z.array(allowance).meta({ expects: "MODELS=TOKENS such as *-mini*,*-nano*=10M" });
 
 /** An http URL sends the key in the clear: only to this machine. */
-const baseUrl = z
+const safeUrl = z
   .url({ protocol: /^https?$/ })
+  .regex(/^[^?#]*$/)
   .transform((text) => new URL(text))
+  .transform((url) => Object.assign(url, { hostname: resolveLocalhost(url.hostname) }))
   .refine((url) => url.protocol === "https:" || isLoopback(url.hostname))
-  .refine((url) => !url.username && !url.password && !url.search && !url.hash)
-  .transform((url) => url.href.replace(/\/+$/, ""))
-  .meta({ expects: "an https URL (http only to this machine) without user, query and fragment" });
+  .refine((url) => !url.username && !url.password)
+  .transform((url) => url.href.replace(/\/+$/, ""));
 
-/** Whether a host name or an address, also an IPv4 one written as IPv6, is this machine's loopback. */
-export function isLoopback(host: string): boolean {
-  return /^(localhost|(::ffff:)?127(\.\d{1,3}){3}|\[?::1\]?)$/.test(host);
-}
+// What an option may be: what that is called in --help, and what is expected where it is something else.
+const times = "a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h";
+const budgets = "MODELS=TOKENS such as *-mini*,*-nano*=10M";
+const urls = "an https URL (http only to this machine) without user, query and fragment";
+const truth = z.enum(["true", "false"]).transform((text) => text === "true");
+const on = truth.meta({ expects: "true or false" });
+const choice = truth.meta({ takes: "true|false", expects: "true or false" });
+const host = word.transform(resolveLocalhost).meta({ takes: "HOST", expects: "a host name or an address" });
+const port = scaled(/^\d{1,5}$/, { max: 65535 }).meta({ takes: "PORT", expects: "a port from 0 to 65535" });
+const usd = scaled(/^(\d+\.?\d*|\.\d+)$/).meta({ takes: "USD", expects: "an amount such as 0, 0.5 or 20" });
+const time = scaled(/^\d+(ms|s|m|h)$/, { min: 1, max: DAY }).meta({ takes: "TIME", expects: times });
+const source = z.enum(["auto", "costs", "billing"]).meta({ takes: "NAME", expects: "auto, costs or billing" });
+const entry = line.regex(/[^\s/]$/).meta({ takes: "NAME", expects: "the name of an entry of pass" });
+const command = z.string().meta({ takes: "CMD", expects: "a shell command" });
+const limits = z.array(allowance).meta({ takes: "MODELS=TOKENS", expects: budgets });
+const projects = z.array(word).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
+const url = safeUrl.meta({ takes: "URL", expects: urls });
 
-/** Each description is the flag, what it takes, what counts where it is not given (and in a drill), and what it does. */
+/** Of each option: the flag, what counts where it is not given (and in a drill), and what it does. */
 const OptionsSchema = z.object({
-  host: host.describe("--host HOST [0.0.0.0] : where to listen, and where to ask"),
-  port: port.describe("--port PORT [5555] : its port; 0 listens on any free one and logs it"),
-  thresholdUsd: amount.describe("--threshold USD [0] : open when the two days together cost more than this"),
-  allowances: allowances.describe("--allowance MODELS=TOKENS : open when today's tokens reach this; repeatable"),
-  projects: projects.describe("--project ID : count the costs of these projects only; repeatable"),
-  intervalMs: duration.describe("--interval TIME [60s, 1s in a drill] : between two looks at the account"),
-  timeoutMs: duration.describe("--timeout TIME [10s] : for one request, its body included"),
-  maxAgeMs: duration.describe("--max-age TIME [10m] : how long a good look counts"),
-  whenUnknown: truth.describe("--when-unknown true|false [true] : what STATUS answers when the state is unknown"),
-  source: source.describe("--source NAME [auto] : costs or billing; auto is costs on openai.com, else billing"),
-  baseUrl: baseUrl.describe("--base-url URL [https://api.openai.com/v1] : of the API"),
-  passEntry: passEntry.describe("--pass-entry NAME [OPENAI_API_KEY] : holds the key, unless OPENAI_ADMIN_KEY does"),
-  onTrip: command.describe("--on-trip CMD : run by sh when the answer turns TRUE"),
-  onReset: command.describe("--on-reset CMD : run by sh when the answer turns FALSE"),
-  drill: truth.describe("--drill : a simulated account that costs a cent after 10 s"),
-  json: truth.describe("--json : check prints the INFO object"),
+  host: host.meta({ flag: "host", fallback: "0.0.0.0", help: "where to listen, and where to ask" }),
+  port: port.meta({ flag: "port", fallback: "5555", help: "its port; 0 listens on any free one and logs it" }),
+  thresholdUsd: usd.meta({ flag: "threshold", fallback: "0", help: "open when the two days cost more together" }),
+  allowances: limits.meta({ flag: "allowance", help: "open when today's tokens reach this; repeatable" }),
+  projects: projects.meta({ flag: "project", help: "count the costs of these projects only; repeatable" }),
+  intervalMs: time.meta({ flag: "interval", fallback: "60s", inDrill: "1s", help: "between two looks at the account" }),
+  timeoutMs: time.meta({ flag: "timeout", fallback: "10s", help: "for one request, its body included" }),
+  maxAgeMs: time.meta({ flag: "max-age", fallback: "10m", help: "how long a good look counts" }),
+  whenUnknown: choice.meta({ flag: "when-unknown", fallback: "true", help: "the answer when the state is unknown" }),
+  source: source.meta({ flag: "source", fallback: "auto", help: "auto is costs on openai.com, else billing" }),
+  baseUrl: url.meta({ flag: "base-url", fallback: "https://api.openai.com/v1", help: "of the API" }),
+  passEntry: entry.meta({ flag: "pass-entry", fallback: "OPENAI_API_KEY", help: "where pass keeps the key" }),
+  onTrip: command.meta({ flag: "on-trip", help: "run by sh when the answer turns TRUE" }),
+  onReset: command.meta({ flag: "on-reset", help: "run by sh when the answer turns FALSE" }),
+  drill: on.meta({ flag: "drill", fallback: "false", help: "a simulated account that costs a cent after 10 s" }),
+  json: on.meta({ flag: "json", fallback: "false", help: "check prints the INFO object" }),
 });
 
 export type Options = z.output<typeof OptionsSchema>;
 export type Env = Record<string, string | undefined>;
+
+const some = z.string();
+const maybe = z.string().default("");
+/** A row of the table; an option that takes nothing is a switch. */
+const RowSchema = z.object({ flag: some, takes: maybe, fallback: maybe, inDrill: maybe, help: some, expects: some });
+
+const ROWS = Object.entries(OptionsSchema.shape).map(([key, schema]) => {
+  const row = RowSchema.parse(schema.meta());
+  const variable = `BREAKER_${row.flag.replaceAll("-", "_").toUpperCase()}`;
+  return { ...row, key, schema, variable, isRepeatable: schema instanceof z.ZodArray };
+});
 
 const COMMANDS = {
   serve: "answer on TCP until stopped (the default)",
@@ -122,28 +141,17 @@ const COMMANDS = {
 };
 const CommandSchema = z.enum(["serve", "check", "status", "stop", "exec", "mcp"]);
 
-/** What a command line asks for: a command with its options, or a text to print. */
-export type Invocation =
-  { command: z.output<typeof CommandSchema>; options: Options; rest: string[] } | { command: "print"; text: string };
-
 /** A command line or a variable that cannot be followed; the message is one sentence for the user. */
 export class UsageError extends Error {}
-
-/** The table of the flags; one that takes nothing is a switch. */
-const ROWS = Object.entries(OptionsSchema.shape).map(([key, schema]) => {
-  const form = /^--(\S+)(?: ([A-Z=a-z|]+))??(?: \[(\S+?)(?:, (\S+) in a drill)?\])? : (.*)$/;
-  const [, name = "", takes, fallback = takes ? "" : "false", drillFallback = fallback, help = ""] =
-    form.exec(schema.description ?? "") ?? [];
-  const { expects } = schema.meta() ?? {};
-  return { key, schema, name, takes, fallback, drillFallback, help, expects, many: schema instanceof z.ZodArray };
-});
 
 /** The text of `--help`, made from the tables. */
 export function formatHelp(): string {
   const line = (left: string, right: string) => `  ${left.padEnd(27)} ${right}`;
   const commands = Object.entries(COMMANDS).map(([name, help]) => line(name, help));
-  const suffix = (fallback: string) => (fallback && fallback !== "false" ? ` [${fallback}]` : "");
-  const options = ROWS.map((row) => line(`--${row.name} ${row.takes ?? ""}`, row.help + suffix(row.fallback)));
+  const options = ROWS.map(({ flag, takes, fallback, inDrill, help }) => {
+    const defaults = takes && fallback ? ` [${fallback}${inDrill ? `, ${inDrill} in a drill` : ""}]` : "";
+    return line(`--${flag} ${takes}`, help + defaults);
+  });
   return `breaker ${VERSION}: has this OpenAI account cost anything today or yesterday (UTC)?
 
 Usage: bun breaker.ts [command] [options]
@@ -160,58 +168,64 @@ Exit codes: 0 closed or done, 1 open, 64 usage, 69 unknown or no breaker, 75 sto
 `;
 }
 
+/** The values of each flag of a command line, and its other words. Throws a UsageError for a flag that is none. */
+function readFlags(args: string[]): { flags: Map<string, string[]>; words: string[] } {
+  const types = ROWS.map(({ flag, takes }) => [flag, { type: takes ? "string" : "boolean" }] as const);
+  const parsing = { allowPositionals: true, strict: false, tokens: true } as const;
+  const { tokens, positionals } = parseArgs({ args, options: Object.fromEntries(types), ...parsing });
+  const flags = new Map<string, string[]>();
+  for (const { rawName, value, inlineValue } of tokens.filter((token) => token.kind === "option")) {
+    const row = ROWS.find(({ flag }) => rawName === `--${flag}`);
+    if (!row) throw new UsageError(`${rawName}: no such option, expected one of those in --help`);
+    const isMissing = row.takes && !inlineValue && (value ?? "--").startsWith("--");
+    if (isMissing) throw new UsageError(`${rawName}: expected ${row.expects} after it; see --help`);
+    flags.set(row.flag, [...(flags.get(row.flag) ?? []), value ?? "true"]);
+  }
+  return { flags, words: positionals };
+}
+
+/** The options, from the flags or else the environment. Throws a UsageError for a value that does not fit. */
+function readOptions(flags: Map<string, string[]>, env: Env): Options {
+  const isDrill = (flags.get("drill")?.at(-1) ?? env["BREAKER_DRILL"]) === "true";
+  const given: Record<string, unknown> = {};
+  for (const { key, schema, flag, variable, isRepeatable, fallback, inDrill, expects } of ROWS) {
+    const text = env[variable] || (isDrill && inDrill) || fallback;
+    const values = flags.get(flag) ?? (isRepeatable ? text.split(/\s+/).filter(Boolean) : [text]);
+    given[key] = isRepeatable ? values : values.at(-1);
+    const [issue] = schema.safeParse(given[key]).error?.issues ?? [];
+    if (!issue) continue;
+    const bad = JSON.stringify(isRepeatable ? values[Number(issue.path[0])] : values.at(-1));
+    throw new UsageError(`${flags.has(flag) ? `--${flag}` : variable} ${bad}: expected ${expects}; see --help`);
+  }
+  return OptionsSchema.parse(given);
+}
+
 /**
- * Reads a command line (without program and script) and the environment.
- * Throws a UsageError that names what was wrong, and what was expected.
+ * Reads a command line (without program and script) and the environment: a command with its options, or a text to
+ * print. Throws a UsageError that names what was wrong, and what was expected.
  *
  *     parseArguments(["check", "--timeout", "5s"], {}) → { command: "check", options: { timeoutMs: 5000, … }, rest: [] }
  */
-export function parseArguments(argv: string[], env: Env): Invocation {
+export function parseArguments(argv: string[], env: Env) {
   const dashes = argv.includes("--") ? argv.indexOf("--") : argv.length;
-  const words = argv.slice(0, dashes);
+  const args = argv.slice(0, dashes);
   const rest = argv.slice(dashes + 1);
-  if (words.includes("-h") || words.includes("--help")) return { command: "print", text: formatHelp() };
-  if (words.includes("-V") || words.includes("--version")) return { command: "print", text: `${VERSION}\n` };
+  if (args.includes("-h") || args.includes("--help")) return { command: "print" as const, text: formatHelp() };
+  if (args.includes("-V") || args.includes("--version")) return { command: "print" as const, text: `${VERSION}\n` };
 
-  const types = ROWS.map(({ name, takes }) => [name, { type: takes ? "string" : "boolean", multiple: true }] as const);
-  const read = parseArgs({ args: words, options: Object.fromEntries(types), allowPositionals: true, strict: false });
-  const given = new Map(Object.entries(read.values).map(([name, value = []]) => [name, [value].flat()]));
-  const stray = [...given.keys()].find((name) => !ROWS.some((row) => row.name === name));
-  if (stray) {
-    const bad = words.find((one) => one.startsWith("-") && one.includes(stray));
-    throw new UsageError(`${bad}: no such option, expected one of those in --help`);
-  }
-  const drilling = String(given.get("drill")?.at(-1) ?? env["BREAKER_DRILL"]) === "true";
-  const texts: Record<string, unknown> = {};
-  for (const { key, schema, name, takes, many, fallback, drillFallback, expects } of ROWS) {
-    const variable = `BREAKER_${name.replaceAll("-", "_").toUpperCase()}`;
-    const flags = given.get(name);
-    if (takes && flags?.some((one) => one === true || String(one).startsWith("--"))) {
-      throw new UsageError(`--${name}: expected ${expects} after it; see --help`);
-    }
-    const text = env[variable] || (drilling ? drillFallback : fallback);
-    const list = flags?.map(String) ?? (many ? text.split(/\s+/).filter(Boolean) : [text]);
-    texts[key] = many ? list : list.at(-1);
-    const [issue] = schema.safeParse(texts[key]).error?.issues ?? [];
-    if (issue) {
-      const bad = JSON.stringify(many ? list[Number(issue.path[0])] : list.at(-1));
-      throw new UsageError(`${flags ? `--${name}` : variable} ${bad}: expected ${expects}; see --help`);
-    }
-  }
-  const options = OptionsSchema.parse(texts);
-
-  const [first = "serve", extra] = read.positionals;
+  const { flags, words } = readFlags(args);
+  const options = readOptions(flags, env);
+  const [first = "serve", extra] = words;
   const named = CommandSchema.safeParse(first);
   if (!named.success) throw new UsageError(`${first}: expected a command, one of those in --help`);
   if (extra !== undefined) throw new UsageError(`${extra}: expected nothing more after ${first}; see --help`);
   if (named.data === "exec" ? rest.length === 0 : dashes < argv.length) {
     throw new UsageError(`${first}: expected exec -- CMD, the only command with a --; see --help`);
   }
-  if (resolveSource(options) === "billing" && options.allowances.length + options.projects.length > 0) {
-    const [name, value] = options.projects[0]
-      ? ["--project", options.projects[0]]
-      : ["--allowance", options.allowances[0]?.models];
-    throw new UsageError(`${name} "${value}": expected --source costs with it, billing cannot tell; see --help`);
+  const [limited] = options.allowances;
+  const [bad] = [...options.projects.map((id) => `--project "${id}"`), limited && `--allowance "${limited.models}"`];
+  if (bad && resolveSource(options) === "billing") {
+    throw new UsageError(`${bad}: expected --source costs with it, billing cannot tell; see --help`);
   }
   return { command: named.data, options, rest };
 }
@@ -224,7 +238,8 @@ export function resolveSource({ source, baseUrl, drill }: Options): "costs" | "b
 }
 
 // ── Schemas ─────────────────────────────────────────────────────────────────────────────────────
-// Every byte from outside passes one of these. Unknown members are left alone: OpenAI adds some.
+// Every byte from outside passes one of these, in time linear in its length. Unknown members are left
+// alone: OpenAI adds some.
 
 /** What a cost counts as that is too small for a number. */
 const TINY = 1e-300;
@@ -234,26 +249,17 @@ const TINY = 1e-300;
  * Missing, empty and non-finite ones are refused; only zero is 0.
  */
 export const AmountSchema = z
-  .union([z.number(), z.string().regex(/^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i)])
+  .union([z.number(), z.string().regex(/^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i)])
   .transform((value) => {
     if (Math.abs(Number(value)) >= TINY) return Number(value);
     return /^[^e-]*[1-9]/i.test(String(value)) ? TINY : 0;
   })
   .pipe(z.number());
 
-/** Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
-const SecondsSchema = z.number().min(1e9).max(1e10);
+const DAY_SECONDS = DAY / SECOND;
 
-/** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
-export function formatDay(ms: number): string {
-  return new Date(ms).toISOString().slice(0, 10);
-}
-
-/** The first and the last UTC day of a bucket, in Unix seconds; without an end it is a day long. */
-function listSpan(start: number, end = start + 86400): { day: string; lastDay: string } {
-  const lastSecond = Math.max(start, end - 1);
-  return { day: formatDay(start * SECOND), lastDay: formatDay(lastSecond * SECOND) };
-}
+/** 00:00 UTC of a day, in Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
+const DayStartSchema = z.number().min(1e9).max(1e10).multipleOf(DAY_SECONDS);
 
 const JsonSchema = z.looseObject({});
 const ListSchema = z.array(z.unknown());
@@ -267,48 +273,43 @@ function parseJson(text: string): unknown {
   }
 }
 
-const CurrencySchema = z.string().regex(/^[a-z]{3}$/i);
+const UsdSchema = z.string().toLowerCase().pipe(z.literal("usd"));
 
+/** A cost in usd. */
 export const CostRowSchema = z
-  .object({ amount: z.object({ value: AmountSchema, currency: CurrencySchema.nullish() }) })
-  .transform(({ amount }) => ({ cost: amount.value, currency: amount.currency?.toLowerCase() ?? "usd" }));
+  .object({ amount: z.object({ value: AmountSchema, currency: UsdSchema.nullish() }) })
+  .transform(({ amount }) => ({ amount: amount.value }));
 
-/** `input_tokens` holds the cached ones already. A long name would make globs slow. */
+/** Tokens of a model; `input_tokens` holds the cached ones already. A long name would make globs slow. */
 export const UsageRowSchema = z
   .object({ input_tokens: z.int().min(0), output_tokens: z.int().min(0), model: z.string().max(256).nullable() })
-  .transform((row) => ({ tokens: row.input_tokens + row.output_tokens, model: row.model ?? "" }));
+  .transform((row) => ({ amount: row.input_tokens + row.output_tokens, model: row.model ?? "" }));
 
-/** A day of costs or of tokens. Older answers call `results` `result`. */
+/** A UTC day of costs or of tokens. Older answers call `results` `result`. */
 const BucketSchema = z
   .object({
-    start_time: SecondsSchema,
-    end_time: SecondsSchema.optional(),
+    start_time: DayStartSchema,
+    end_time: z.number().optional(),
     results: ListSchema.optional(),
     result: ListSchema.optional(),
   })
   .refine(({ results, result }) => results ?? result, "expected results")
-  .refine((bucket) => (bucket.end_time ?? 0) <= (Math.floor(bucket.start_time / 86400) + 1) * 86400, "expected one day")
-  .transform(({ start_time, end_time, results = [], result = [] }) => ({
-    ...listSpan(start_time, end_time),
+  .refine((bucket) => (bucket.end_time ?? 0) <= bucket.start_time + DAY_SECONDS, "expected one day")
+  .transform(({ start_time, results = [], result = [] }) => ({
+    day: formatDay(start_time * SECOND),
     rows: [...results, ...result],
   }));
 
-const PageSchema = z.object({
-  object: z.literal("page").optional(),
-  has_more: z.boolean(),
-  next_page: z.string().nullish(),
-});
+const PageSchema = z
+  .object({ object: z.literal("page").optional(), has_more: z.boolean(), next_page: z.string().nullish() })
+  .refine((page) => page.has_more === Boolean(page.next_page), "expected next_page just where has_more is true");
 
-const BillingSchema = z.object({ total_usage: AmountSchema });
+/** A credit below 0 would hide a cost. */
+const BillingSchema = z.object({ total_usage: AmountSchema.pipe(z.number().min(0)) });
 const BillingDaySchema = z
-  .object({ timestamp: SecondsSchema, line_items: ListSchema })
-  .transform(({ timestamp, line_items }) => ({ ...listSpan(timestamp), line_items }));
-const BillingItemSchema = z.object({ cost: AmountSchema });
-
-/** A refusal: OpenAI's `error` is an object or a bare string. */
-const RefusalSchema = z.object({
-  error: z.union([z.string(), z.object({ message: z.string() }).transform(({ message }) => message)]),
-});
+  .object({ timestamp: DayStartSchema, line_items: ListSchema })
+  .transform(({ timestamp, line_items }) => ({ day: formatDay(timestamp * SECOND), rows: line_items }));
+const BillingItemSchema = z.object({ cost: AmountSchema }).transform(({ cost }) => ({ amount: cost / 100 }));
 
 /** What INFO says; the MCP tool says the same without the pid. */
 const InfoSchema = z.object({
@@ -323,7 +324,7 @@ const InfoSchema = z.object({
   error: z.string().nullable().describe("why the last look failed"),
   source: z.enum(["costs", "billing", "drill"]),
   version: z.string(),
-  pid: z.number().int().positive(),
+  pid: z.int().positive(),
   startedAt: z.string(),
 });
 
@@ -332,6 +333,11 @@ export type Info = z.output<typeof InfoSchema>;
 const KeySchema = z.string().regex(/^[\x21-\x7e]+$/);
 
 // ── Money and time ──────────────────────────────────────────────────────────────────────────────
+
+/** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
+export function formatDay(ms: number): string {
+  return new Date(ms).toISOString().slice(0, 10);
+}
 
 /** The UTC days before, at and after `now`: yesterday, today and tomorrow. */
 export function listDays(now: number): { yesterday: string; today: string; tomorrow: string } {
@@ -345,25 +351,16 @@ export function formatAmount(amount: number): string {
 
 /** Whether a model's name fits `patterns`: `matchesModel("*-mini*,o?", "gpt-4o-mini-2024-07-18")` → true */
 export function matchesModel(patterns: string, model: string): boolean {
-  return patterns.split(",").some((pattern) => matchesGlob(pattern, model));
+  return patterns.split(",").some((glob) => toRegExp(glob).test(model));
 }
 
-/** Goes back to the last star only, so that the time stays below the product of the lengths. */
-function matchesGlob(glob: string, text: string): boolean {
-  let [at, star, resume] = [0, -1, 0];
-  for (let i = 0; i < text.length;) {
-    if (glob[at] === "*") {
-      star = at++;
-      resume = i;
-    } else if (glob[at] === "?" || glob[at] === text[i]) {
-      at++;
-      i++;
-    } else if (star >= 0) {
-      at = star + 1;
-      i = ++resume;
-    } else return false;
-  }
-  return /^\**$/.test(glob.slice(at));
+/** A glob as an expression that never backtracks: what stands between two stars is found once, in a look ahead. */
+function toRegExp(glob: string): RegExp {
+  const [first = "", ...parts] = RegExp.escape(glob).replaceAll("\\?", ".").split("\\*");
+  const last = parts.pop();
+  if (last === undefined) return new RegExp(`^${first}$`, "s");
+  const middle = parts.map((part, index) => `(?=(.*?${part}))\\${index + 1}`);
+  return new RegExp(`^${first}${middle.join("")}.*${last}$`, "s");
 }
 
 /** `Retry-After` in seconds or as a date → ms from `now`, 0 for anything else, at most an hour. */
@@ -379,196 +376,169 @@ export function computeBackoff(failures: number, waits: Record<"intervalMs" | "r
   return Math.max(Math.min(first * 2 ** (failures - 1), 5 * MINUTE), waits.retryAfterMs);
 }
 
-/**
- * Makes text from outside fit for a log line: without control characters, at most 300 characters,
- * and without the key, a part of it of 8 characters or more, or anything that looks like a key.
- */
-export function redact(text: string, key: string): string {
+/** Makes text from outside fit for a log line: no control characters, no key, at most 300 characters. */
+export function redact(text: string): string {
   const line = text.slice(0, 2000).replace(/[\p{Cc}\p{Cf}\u2028\u2029]+/gu, " ");
-  const shortest = Math.min(8, key.length);
-  let clean = "";
-  for (let i = 0; i < line.length;) {
-    let length = 0;
-    while (i + length < line.length && key.includes(line.slice(i, i + length + 1))) length++;
-    if (length > 0 && length >= shortest) clean += "***";
-    else clean += line.slice(i, i + (length = 1));
-    i += length;
-  }
-  clean = clean.replace(/\bsk-[\w*.…-]*[\w*]/g, "sk-***");
+  const clean = line.replace(/\bsk-\S+/g, "sk-***");
   return clean.length > 300 ? `${clean.slice(0, 300)}…` : clean;
 }
 
 // ── The account's answers ───────────────────────────────────────────────────────────────────────
 // Each item is read by itself: a cost that was seen counts also where its neighbour cannot be read.
 
-type Row = z.output<typeof CostRowSchema> | z.output<typeof UsageRowSchema>;
-
-/** A cost, or a use of tokens, of a bucket that begins on `day` (UTC). */
-export type Entry = { day: string; lastDay: string } & Row;
+/** A cost in usd, or tokens where there is a model's name, of a UTC day. */
+export type Entry = { day: string; amount: number; model?: string };
 
 /** What an answer holds: `next` is the cursor of the next page, `problem` why the look has failed. */
 export type Page = { entries: Entry[]; next: string | null; problem: string | null };
+
+/** A page of 1 MiB can hold so many bad rows that to explain them all takes seconds. */
+const MAX_PROBLEMS = 10;
 
 function explain(error: z.ZodError): string {
   const [issue] = error.issues;
   return `${issue?.path.join(".") || "the answer"}: ${issue?.message}`;
 }
 
-/** The items that fit; what is wrong with the others, or with the list, goes to `problems`. */
-function readEach<T>(items: unknown, { schema, problems }: { schema: z.ZodType<T>; problems: string[] }): T[] {
-  const list = ListSchema.safeParse(items);
-  if (!list.success) problems.push(`a list: ${explain(list.error)}`);
-  return (list.data ?? []).flatMap((item) => {
+/** The items of a list that fit; what is wrong with the others, or with the list, goes to `problems`. */
+function readEach<T>(list: unknown, { schema, problems }: { schema: z.ZodType<T>; problems: string[] }): T[] {
+  const found: T[] = [];
+  const items = ListSchema.safeParse(list);
+  if (!items.success) problems.push(`a list: ${explain(items.error)}`);
+  for (const item of items.data ?? []) {
     const read = schema.safeParse(item);
-    if (!read.success) problems.push(explain(read.error));
-    return read.success ? [read.data] : [];
-  });
+    if (read.success) found.push(read.data);
+    else if (problems.push(explain(read.error)) >= MAX_PROBLEMS) break;
+  }
+  return found;
 }
 
-/** Reads a page of the Costs or the Usage API; a row counts for the UTC day of its bucket's start. */
-export function readPage(body: unknown, rowSchema: z.ZodType<Row>): Page {
+type RowReader = z.ZodType<Omit<Entry, "day">>;
+type Lists = { days: z.ZodType<{ day: string; rows: unknown[] }>; rows: RowReader; problems: string[] };
+
+/** The entries of a list of days, each with its rows. */
+function readDays(list: unknown, { days, rows, problems }: Lists): Entry[] {
+  const read = readEach(list, { schema: days, problems });
+  return read.flatMap((of) => readEach(of.rows, { schema: rows, problems }).map((row) => ({ day: of.day, ...row })));
+}
+
+/** Reads a page of the Costs or the Usage API. */
+export function readPage(body: unknown, rows: RowReader): Page {
   const problems: string[] = [];
   const { data } = JsonSchema.safeParse(body).data ?? {};
-  const entries = readEach(data, { schema: BucketSchema, problems }).flatMap(({ rows, ...span }) =>
-    readEach(rows, { schema: rowSchema, problems }).map((row) => ({ ...span, ...row })),
-  );
+  const entries = readDays(data, { days: BucketSchema, rows, problems });
   const envelope = PageSchema.safeParse(body);
   if (!envelope.success) problems.push(explain(envelope.error));
-  const next = envelope.data?.has_more ? envelope.data.next_page || null : null;
-  if (envelope.data?.has_more && !next) problems.push("has_more without a next_page");
-  return { entries, next, problem: problems[0] ?? null };
+  return { entries, next: envelope.data?.next_page || null, problem: problems[0] ?? null };
 }
 
 /**
  * Reads the answer of the billing endpoint, in fractional cents. What `total_usage` holds above the sum
- * of the days is booked on `today`: gateways send nothing else.
+ * of the days is booked on `today`: relays send nothing else.
  */
 export function readBilling(body: unknown, today: string): Page {
   const problems: string[] = [];
   const { daily_costs } = JsonSchema.safeParse(body).data ?? {};
-  const currency = "usd";
-  const entries = readEach(daily_costs ?? [], { schema: BillingDaySchema, problems }).flatMap(
-    ({ line_items, ...span }) => {
-      const items = readEach(line_items, { schema: BillingItemSchema, problems });
-      return items.map(({ cost }) => ({ ...span, cost: cost / 100, currency }));
-    },
-  );
+  const entries = readDays(daily_costs ?? [], { days: BillingDaySchema, rows: BillingItemSchema, problems });
   const envelope = BillingSchema.safeParse(body);
   if (!envelope.success) problems.push(explain(envelope.error));
   const total = (envelope.data?.total_usage ?? 0) / 100;
-  const rest = total - entries.reduce((sum, { cost }) => sum + cost, 0);
+  const rest = total - entries.reduce((sum, { amount }) => sum + amount, 0);
   // What is smaller than this is the rounding of the sum.
-  if (rest > total * 1e-12) entries.push({ day: today, lastDay: today, cost: rest, currency });
+  if (rest > total * 1e-12) entries.push({ day: today, amount: rest });
   return { entries, next: null, problem: problems[0] ?? null };
 }
 
 // ── The decision ────────────────────────────────────────────────────────────────────────────────
 
-type ByDay = Record<string, number>;
+/** Costs in usd by UTC day (`"2026-11-22"`), and tokens by day and allowance (`"2026-11-22 *-mini*"`). */
+export type Sums = Record<string, number>;
 
 /** What is known of the account: by one look, or by all that came before. */
 export interface Reading {
   /** When the last good look began (ms since 1970), null before there was one. */
   asOfMs: number | null;
-  /** Cost by UTC day in `currency`; it is null before a cost was seen. */
-  days: ByDay;
-  currency: string | null;
-  /** Tokens by UTC day, for each allowance. */
-  tokens: ByDay[];
+  sums: Sums;
   /** Why the last look failed, null after a good one, and how long the account wants to be left alone. */
   error: string | null;
   retryAfterMs: number;
 }
 
-/**
- * A reading at `now` (ms since 1970), under the user's options; `elapsedMs` since the last good look began,
- * by a clock that nobody sets.
- */
-export type Moment = { now: number; reading: Reading; options: Options; elapsedMs?: number };
+/** A reading at `now` (ms since 1970), under the user's options. */
+export type Moment = { now: number; reading: Reading; options: Options };
 
 /** Nothing seen yet. */
-export const UNSEEN: Reading = { asOfMs: null, days: {}, currency: null, tokens: [], error: null, retryAfterMs: 0 };
+export const UNSEEN: Reading = { asOfMs: null, sums: {}, error: null, retryAfterMs: 0 };
+
+function nameSum(day: string, models = ""): string {
+  return models ? `${day} ${models}` : day;
+}
+
+/** What a look begins with: a good one is complete, so a day without a row had no cost. */
+function startSums(now: number, { allowances }: Options): Sums {
+  const { yesterday, today } = listDays(now);
+  const names = [yesterday, today, ...allowances.map(({ models }) => nameSum(today, models))];
+  return Object.fromEntries(names.map((name) => [name, 0]));
+}
 
 /**
- * Books what an answer holds in `look` and returns what is wrong with it. A credit (an amount below 0)
- * never hides a cost; a model counts toward the first allowance that it matches.
+ * `sums` with `entries` added. A credit (an amount below 0) never hides a cost; a model counts toward the
+ * first allowance that it matches.
  */
-export function bookEntries(look: Reading, { entries, now, options }: Omit<Moment, "reading"> & { entries: Entry[] }) {
-  const { yesterday, tomorrow } = listDays(now);
-  let problem: string | null = null;
-  for (const entry of entries.filter(({ lastDay }) => lastDay >= yesterday)) {
-    const { day, lastDay } = entry;
-    if (day < yesterday) {
-      const isFree = "cost" in entry ? entry.cost <= 0 : entry.tokens === 0;
-      if (!isFree) problem ??= `a bucket of ${day} reaches into ${lastDay}, its costs cannot be told apart`;
-    } else if (day > tomorrow) {
-      problem ??= `${day} lies in the future; check this machine's clock`;
-    } else if ("tokens" in entry) {
-      const tokens = look.tokens[options.allowances.findIndex(({ models }) => matchesModel(models, entry.model))];
-      if (tokens) tokens[day] = (tokens[day] ?? 0) + entry.tokens;
-    } else {
-      look.days[day] = (look.days[day] ?? 0) + Math.max(entry.cost, 0);
-      const mixed = look.currency !== null && look.currency !== entry.currency;
-      if (mixed) problem ??= `${look.currency} and ${entry.currency} are mixed`;
-      look.currency = joinCurrencies(look.currency, entry.currency);
-    }
+export function addEntries(sums: Sums, { entries, options }: { entries: Entry[]; options: Options }): Sums {
+  const added = { ...sums };
+  for (const { day, amount, model } of entries) {
+    const fits = (patterns: string) => model !== undefined && matchesModel(patterns, model);
+    const models = options.allowances.find((allowance) => fits(allowance.models))?.models;
+    if (model !== undefined && models === undefined) continue;
+    const name = nameSum(day, models);
+    added[name] = (added[name] ?? 0) + Math.max(amount, 0);
   }
-  return problem;
+  return added;
 }
 
-/** The one that is not usd, where there is one: the threshold is in usd, and must not hold for others. */
-function joinCurrencies(one: string | null, other: string | null): string | null {
-  return [one, other].find((currency) => currency !== null && currency !== "usd") ?? one ?? other;
-}
-
-/** What was known and what was seen, day by day the larger: a cost that was seen is never taken back. */
-export function raiseReading(reading: Reading, seen: Reading): Reading {
-  const raise = (known: ByDay = {}, more: ByDay): ByDay => {
-    const larger = Object.entries(more).map(([day, count]) => [day, Math.max(known[day] ?? 0, count)]);
-    return { ...known, ...Object.fromEntries(larger) };
-  };
-  const tokens = seen.tokens.map((used, index) => raise(reading.tokens[index], used));
-  const currency = joinCurrencies(reading.currency, seen.currency);
-  return { ...reading, days: raise(reading.days, seen.days), currency, tokens };
+/** Name by name the larger: what was seen is never taken back. */
+export function raiseSums(known: Sums, seen: Sums): Sums {
+  const raised = { ...known };
+  for (const [name, amount] of Object.entries(seen)) if (amount > (known[name] ?? 0)) raised[name] = amount;
+  return raised;
 }
 
 /** A good look replaces the reading; a failed one can only raise it. */
 export function mergeLook(reading: Reading, look: Reading): Reading {
-  if (look.error === null) return look;
-  return { ...raiseReading(reading, look), error: look.error, retryAfterMs: look.retryAfterMs };
+  return look.error === null ? look : { ...look, asOfMs: reading.asOfMs, sums: raiseSums(reading.sums, look.sums) };
 }
 
-/** The days from `first` on and their sum, null where none was seen; a clock that is behind hides no day. */
-function sumSince(first: string, byDay: ByDay = {}): { total: number; days: ByDay } | null {
-  const seen = Object.entries(byDay).filter(([day]) => day >= first);
-  if (seen.length === 0) return null;
-  return { total: seen.reduce((sum, [, count]) => sum + count, 0), days: Object.fromEntries(seen.sort()) };
+/** The days from `first` on and their sums: of costs, or of an allowance. A clock that is behind hides no day. */
+function listSince(first: string, { sums, models }: { sums: Sums; models?: string }): Sums {
+  const days = Object.keys(sums).filter((name) => name >= first && name === nameSum(name.slice(0, 10), models));
+  return Object.fromEntries(days.sort().map((name) => [name.slice(0, 10), sums[name] ?? 0]));
 }
 
-/** What was seen of the window at `now`: yesterday and today, UTC. */
-function sumWindow({ now, reading }: Moment): { total: number; days: ByDay } {
-  return sumSince(listDays(now).yesterday, reading.days) ?? { total: 0, days: {} };
+function addUp(sums: Sums): number {
+  return Object.values(sums).reduce((total, amount) => total + amount, 0);
 }
 
-/** The allowances, and the tokens of today that count toward each; null where none was ever looked for. */
-function listAllowances({ now, reading, options }: Moment): Info["allowances"] {
-  const { today } = listDays(now);
-  const none = reading.asOfMs === null ? null : 0;
-  const use = (index: number) => sumSince(today, reading.tokens[index])?.total ?? none;
-  return options.allowances.map(({ models, limit }, index) => ({ models, used: use(index), limit }));
+/** The allowances, and the tokens of today that count toward each; null before a good look. */
+function listAllowances({ now, reading: { sums, asOfMs }, options }: Moment): Info["allowances"] {
+  return options.allowances.map(({ models, limit }) => {
+    const used = addUp(listSince(listDays(now).today, { sums, models }));
+    return { models, used: used === 0 && asOfMs === null ? null : used, limit };
+  });
 }
 
 export type Decision = Pick<Info, "open" | "reason" | "message">;
 
 /** What a reading means at `now`. The order is the contract: a cost that was seen wins. */
 export function decide(moment: Moment): Decision {
-  const { now, reading, options, elapsedMs = 0 } = moment;
+  const { now, reading, options } = moment;
+  const { asOfMs, sums, error } = reading;
   const { yesterday, today } = listDays(now);
-  const { asOfMs, currency, error } = reading;
-  const { total, days } = sumWindow(moment);
-  if (total > (currency === "usd" ? options.thresholdUsd : 0)) {
+  const days = listSince(yesterday, { sums });
+  const total = addUp(days);
+  if (total > options.thresholdUsd) {
     const costs = Object.entries(days).filter(([, cost]) => cost > 0);
-    const parts = costs.map(([day, cost]) => `${formatAmount(cost)} ${currency} on ${day}`);
+    const parts = costs.map(([day, cost]) => `${formatAmount(cost)} usd on ${day}`);
     return { open: true, reason: "cost", message: `${parts.join(" and ")} (UTC)` };
   }
   const full = listAllowances(moment).find(({ used, limit }) => (used ?? 0) >= limit);
@@ -576,35 +546,30 @@ export function decide(moment: Moment): Decision {
     const message = `${full.used} of ${full.limit} tokens of ${full.models} used on ${today} (UTC)`;
     return { open: true, reason: "allowance", message };
   }
-  const ageMs = asOfMs === null ? Infinity : Math.max(now - asOfMs, elapsedMs);
-  const aheadMs = (asOfMs ?? now) - now;
   // A look from after midnight says nothing of the day before yesterday, should the clock go back.
   const isCovered = asOfMs !== null && listDays(asOfMs).yesterday <= yesterday;
-  if (ageMs <= options.maxAgeMs && aheadMs <= options.maxAgeMs && isCovered) {
-    const cost = total > 0 ? `${formatAmount(total)} ${currency}, within the threshold,` : "no cost";
+  if (isCovered && Math.abs(now - asOfMs) <= options.maxAgeMs) {
+    const cost = total > 0 ? `${formatAmount(total)} usd, within the threshold,` : "no cost";
     return { open: false, reason: "none", message: `${cost} on ${yesterday} and ${today} (UTC)` };
   }
-  const past =
-    ageMs > options.maxAgeMs
-      ? `is ${Math.floor(ageMs / SECOND)} s old`
-      : "lies in the future, check this machine's clock";
-  const cause = asOfMs === null ? "no good look at the account yet" : `the last good look ${past}`;
+  const ageSeconds = Math.floor((now - (asOfMs ?? 0)) / SECOND);
+  const age = ageSeconds > 0 ? `is ${ageSeconds} s old` : "lies in the future, check this machine's clock";
+  const cause = asOfMs === null ? "no good look at the account yet" : `the last good look ${age}`;
   return { open: options.whenUnknown, reason: "unknown", message: error === null ? cause : `${cause}: ${error}` };
 }
 
 /** The INFO object of a reading at `now`, for a breaker that started at `startedMs`. */
 export function describe({ startedMs, ...moment }: Moment & { startedMs: number }): Info {
-  const { now, reading, options, elapsedMs = 0 } = moment;
-  const { asOfMs, currency, error } = reading;
-  const { total, days } = sumWindow(moment);
-  const isSeen = Object.keys(reading.days).length > 0;
+  const { now, reading, options } = moment;
+  const { asOfMs, sums, error } = reading;
+  const days = listSince(listDays(now).yesterday, { sums });
   return {
     ...decide(moment),
-    cost: isSeen ? { total, currency: currency ?? "usd", days } : null,
+    cost: Object.keys(days).length > 0 ? { total: addUp(days), currency: "usd", days } : null,
     threshold: options.thresholdUsd,
     allowances: listAllowances(moment),
     asOf: asOfMs === null ? null : new Date(asOfMs).toISOString(),
-    ageSeconds: asOfMs === null ? null : Math.floor(Math.max(now - asOfMs, elapsedMs, 0) / SECOND),
+    ageSeconds: asOfMs === null ? null : Math.max(Math.floor((now - asOfMs) / SECOND), 0),
     error,
     source: resolveSource(options),
     version: VERSION,
@@ -614,50 +579,55 @@ export function describe({ startedMs, ...moment }: Moment & { startedMs: number 
 }
 
 // ── The protocol ────────────────────────────────────────────────────────────────────────────────
-// One connection, one question, answered by one row of this table.
+// One connection, one question: a line finds its row in this table.
 
 /** What a reply may draw on. */
 export type View = { decide: () => Decision; describe: () => Info };
 
+/** What is asked, by a line of the protocol or a message of MCP. */
 export interface Question {
+  /** The answer without its newline; null where none is due. */
+  reply: (view: View) => string | null;
+  /** The answer rests on a look, and waits for one. */
+  needsLook?: true;
+}
+
+interface LineCommand extends Question {
   name: string;
   help: string;
-  reply: (view: View) => string;
   /** Asked by this machine only: it learns amounts. */
   localOnly?: true;
-  /** The answer rests on a look, and waits for the first one. */
-  needsLook?: true;
 }
 
 const STATUS_HELP = "TRUE when the account incurred a cost today or yesterday (UTC) or that is not known, else FALSE";
 const INFO_HELP = "reason, amounts and age as a line of JSON, for this machine only";
 
 /** A new command is a new row. */
-export const QUESTIONS: Question[] = [
+export const LINE_COMMANDS: LineCommand[] = [
   { name: "STATUS", help: STATUS_HELP, needsLook: true, reply: (view) => (view.decide().open ? "TRUE" : "FALSE") },
   { name: "HELP", help: "this list", reply: () => HELP },
   { name: "INFO", help: INFO_HELP, needsLook: true, localOnly: true, reply: (view) => JSON.stringify(view.describe()) },
 ];
 
 const HELP = [
-  ...QUESTIONS.map(({ name, help }) => `${name.padEnd(6)} ${help}`),
+  ...LINE_COMMANDS.map(({ name, help }) => `${name.padEnd(6)} ${help}`),
   "{      begins a message of the Model Context Protocol, one a line, for this machine only",
 ].join("\n");
 
-function refuseWith(text: string): Question {
-  return { name: "ERR", help: "", reply: () => `ERR ${text}` };
+function say(text: string | null): Question {
+  return { reply: () => text };
 }
 
-const UNKNOWN = refuseWith("Unknown Command");
-const NOT_ALLOWED = refuseWith("Not Allowed");
-const TOO_LONG = refuseWith("Line Too Long");
-const BUSY = refuseWith("Busy");
+const UNKNOWN = say("ERR Unknown Command");
+const NOT_ALLOWED = say("ERR Not Allowed");
+const TOO_LONG = say("ERR Line Too Long");
+const BUSY = say("ERR Busy");
 
 /** Finds what a line asks for: `findQuestion(" status\r", { isLocal: () => false })` → the row of STATUS */
 export function findQuestion(line: string, { isLocal }: { isLocal: () => boolean }): Question {
   const [, word = ""] = /^[ \t\r]*([a-z]+)[ \t\r]*$/i.exec(line) ?? [];
-  const question = QUESTIONS.find(({ name }) => name === word.toUpperCase()) ?? UNKNOWN;
-  return question.localOnly && !isLocal() ? NOT_ALLOWED : question;
+  const found = LINE_COMMANDS.find(({ name }) => name === word.toUpperCase());
+  return found?.localOnly && !isLocal() ? NOT_ALLOWED : (found ?? UNKNOWN);
 }
 
 const MAX_LINE_BYTES = 256;
@@ -672,15 +642,12 @@ export function takeLine(input: Buffer, { ended, limit }: { ended: boolean; limi
   const end = newline < 0 ? input.length : newline;
   if (end - (input[end - 1] === 13 ? 1 : 0) > limit) return "too long";
   if (newline < 0 && !ended) return "incomplete";
-  const rest = end + 1 < input.length ? input.subarray(end + 1) : NOTHING;
-  return { line: input.toString("utf8", 0, end), rest };
+  return { line: input.toString("utf8", 0, end), rest: input.subarray(end + 1) };
 }
 
 /** Whether the first byte that is not blank is a brace: the line is MCP. */
 export function beginsMcp(input: Buffer): boolean {
-  let at = 0;
-  while (input[at] === 32 || input[at] === 9 || input[at] === 13) at++;
-  return input[at] === 123;
+  return /^[ \t\r]*\{/.test(input.toString("latin1", 0, MAX_LINE_BYTES));
 }
 
 // ── MCP ─────────────────────────────────────────────────────────────────────────────────────────
@@ -703,17 +670,9 @@ const IdSchema = z.union([z.string(), z.int()]);
 const MessageSchema = z.object({ jsonrpc: z.literal("2.0"), method: z.string(), params: z.unknown().optional() });
 const ParamsSchema = z.looseObject({ _meta: JsonSchema.optional() });
 const MetaSchema = z.object({ [VERSION_KEY]: z.string(), [CAPABILITIES_KEY]: JsonSchema });
-const CancelSchema = z.object({ requestId: IdSchema });
 
 type Id = z.output<typeof IdSchema>;
 type Json = Record<string, unknown>;
-
-/** What becomes of a message; `ask` wants the INFO object before it can be answered. */
-export type McpAnswer =
-  | { kind: "none" }
-  | { kind: "reply"; text: string }
-  | { kind: "cancel"; id: Id }
-  | { kind: "ask"; id: Id; finish: (info: Info) => string };
 
 function describeTool(): Json {
   const { $schema: _, ...outputSchema } = z.toJSONSchema(InfoSchema.omit({ pid: true }));
@@ -735,29 +694,26 @@ function formatStatus({ pid: _, ...status }: Info): Json {
   return { content: [{ type: "text", text: JSON.stringify(status) }], structuredContent: status };
 }
 
-function fail(id: Id | undefined, error: { code: number; message: string; data?: Json }) {
-  return { kind: "reply" as const, text: JSON.stringify({ jsonrpc: "2.0", id, error }) };
+function fail(id: Id | undefined, error: { code: number; message: string; data?: Json }): Question {
+  return say(JSON.stringify({ jsonrpc: "2.0", id, error }));
 }
 
-/** Answers one line of MCP, bad ones too. */
-export function answerMcp(line: string): McpAnswer {
+/** What one line of MCP asks for, a bad one too. */
+export function readMcp(line: string): Question {
+  if (!line.trim()) return say(null);
   const json = parseJson(line);
   if (json === undefined) return fail(undefined, { code: -32700, message: "Not JSON" });
   const envelope = JsonSchema.safeParse(json).data ?? {};
   const id = IdSchema.safeParse(envelope["id"]).data;
   const message = MessageSchema.safeParse(json);
   if (!message.success) {
-    if ("result" in envelope || "error" in envelope) return { kind: "none" };
+    if ("result" in envelope || "error" in envelope) return say(null);
     return fail(id, { code: -32600, message: "Not a request of JSON-RPC 2.0" });
   }
-  const { method, params = {} } = message.data;
-  if (!("id" in envelope)) {
-    const cancelled = CancelSchema.safeParse(params);
-    if (method !== "notifications/cancelled" || !cancelled.success) return { kind: "none" };
-    return { kind: "cancel", id: cancelled.data.requestId };
-  }
+  if (!("id" in envelope)) return say(null); // A notification.
   if (id === undefined) return fail(id, { code: -32600, message: "id: expected a string or an integer" });
-  const known = ParamsSchema.safeParse(params);
+  const { method, params } = message.data;
+  const known = ParamsSchema.safeParse(params ?? {});
   if (!known.success) return fail(id, { code: -32602, message: explain(known.error) });
   const meta = known.data._meta ?? {};
   const modern = VERSION_KEY in meta || CAPABILITIES_KEY in meta;
@@ -770,16 +726,16 @@ export function answerMcp(line: string): McpAnswer {
     const complete = MetaSchema.safeParse(meta);
     if (!complete.success) return fail(id, { code: -32602, message: `_meta.${explain(complete.error)}` });
   }
-  return answerRequest(id, { method, params: known.data, modern });
+  return readRequest(id, { method, params: known.data, modern });
 }
 
-function answerRequest(id: Id, call: { method: string; params: Json; modern: boolean }): McpAnswer {
+function readRequest(id: Id, call: { method: string; params: Json; modern: boolean }): Question {
   const { method, params, modern } = call;
   const invalid = (message: string) => fail(id, { code: -32602, message });
   const envelope = modern ? { resultType: "complete", _meta: { [`${META}serverInfo`]: SERVER_INFO } } : {};
   const cached = modern ? { ttlMs: HOUR, cacheScope: "public" } : {};
   const format = (result: Json) => JSON.stringify({ jsonrpc: "2.0", id, result: { ...result, ...envelope } });
-  const succeed = (result: Json): McpAnswer => ({ kind: "reply", text: format(result) });
+  const succeed = (result: Json) => say(format(result));
   const about = { capabilities: { tools: {} }, instructions: INSTRUCTIONS };
   switch (`${modern ? "modern" : "handshake"} ${method}`) {
     case "handshake initialize": {
@@ -798,7 +754,7 @@ function answerRequest(id: Id, call: { method: string; params: Json; modern: boo
       if (!JsonSchema.safeParse(params["notifications"]).success) return invalid("notifications: expected an object");
       const acknowledged = { _meta: { [`${META}subscriptionId`]: id }, notifications: {} };
       const notification = { method: "notifications/subscriptions/acknowledged", params: acknowledged };
-      return { kind: "reply", text: JSON.stringify({ jsonrpc: "2.0", ...notification }) };
+      return say(JSON.stringify({ jsonrpc: "2.0", ...notification }));
     }
     case "modern tools/list":
     case "handshake tools/list":
@@ -807,7 +763,7 @@ function answerRequest(id: Id, call: { method: string; params: Json; modern: boo
     case "modern tools/call":
     case "handshake tools/call":
       if (params["name"] !== TOOL) return invalid(`name: expected ${TOOL}, the only tool`);
-      return { kind: "ask", id, finish: (info) => format(formatStatus(info)) };
+      return { needsLook: true, reply: (view) => format(formatStatus(view.describe())) };
     default:
       return fail(id, { code: -32601, message: "No such method" });
   }
@@ -820,37 +776,52 @@ export interface Surroundings {
   env: Env;
   /** The wall clock, ms since 1970. */
   now: () => number;
-  stdin: AsyncIterable<Uint8Array>;
+  /** The lines of stdin. */
+  lines: AsyncIterable<string>;
   /** To stdout as it is, and to stderr as a line. */
-  print: (text: string) => void;
+  print: (text: string) => Promise<unknown>;
   log: (text: string) => void;
-  /** Whether stdout is a terminal that wants colours; to find out takes time. */
-  isColoured: () => boolean;
+  /** Whether stdout is a terminal that wants colours. */
+  isColoured: boolean;
 }
 
 /** What effects work with. */
 export interface World extends Surroundings {
   options: Options;
-  /** Aborts at the end: nothing that was started outlives it. */
+  /** Ends the command in good order, and aborts `signal`: nothing that was started outlives it. */
+  stop: () => void;
   signal: AbortSignal;
 }
 
-/** How long a peer that makes no progress gets, a breaker that does not answer, and a command that was told to end. */
+/** How long a peer that makes no progress gets, a breaker that is gone, and a command that was told to end. */
 const PATIENCE_MS = 10 * SECOND;
-const CHILD_OUTPUT_LENGTH = 64 * 1024;
+const CHILD_LIMIT_MS = 30 * SECOND;
+const MAX_READ_BYTES = 1024 * 1024;
 
 function messageOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
 
 /** Waits as long as something holds, `limitMs` at most; false where it still holds then. */
-async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<boolean> {
+async function waitWhile(holds: () => boolean, limitMs: number): Promise<boolean> {
   const endMs = performance.now() + limitMs;
   while (holds()) {
     if (performance.now() > endMs) return false;
-    await Bun.sleep(10);
+    await Bun.sleep(50);
   }
   return true;
+}
+
+/** All bytes of a stream; throws where there are more than 1 MiB. */
+async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
+  const chunks: Uint8Array[] = [];
+  let size = 0;
+  for await (const chunk of stream) {
+    size += chunk.byteLength;
+    if (size > MAX_READ_BYTES) throw new Error("it is over 1 MiB");
+    chunks.push(chunk);
+  }
+  return Buffer.concat(chunks);
 }
 
 /** The environment of a child: with `extra`, and without the key, by its name or by its value. */
@@ -868,87 +839,68 @@ function kill(pid: number, signal: NodeJS.Signals | 0): boolean {
   }
 }
 
+/** The signals that end a command, or that it makes something of. */
+const SIGNALS: NodeJS.Signals[] = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2"];
+
+/** Lets `hear` have the signals, until `end`. */
+function hearSignals(hear: (name: NodeJS.Signals) => void, end: AbortSignal): void {
+  for (const name of SIGNALS) {
+    const listener = () => hear(name);
+    process.on(name, listener);
+    end.addEventListener("abort", () => process.off(name, listener));
+  }
+}
+
+/** What runs a program: its environment, what ends it early, and what it reads. */
+type Run = { env: Env; signal: AbortSignal; input?: string; limitMs?: number };
+
 /**
- * Runs a program in a process group of its own; gives what it printed (64 KiB of each) and its exit code,
- * null where the group was killed: after `limitMs`, or by `signal`. Throws where it cannot be started.
+ * Runs a program in a process group of its own; gives what it printed and its exit code. Throws where it cannot be
+ * started, or was killed with its group: after `limitMs`, by `signal`, or for printing more than 1 MiB.
  */
-export async function runProgram(
-  argv: string[],
-  { env, signal, input, limitMs = 30 * SECOND }: { env: Env; signal: AbortSignal; input?: string; limitMs?: number },
-) {
+export async function runProgram(argv: string[], { env, signal, input, limitMs = CHILD_LIMIT_MS }: Run) {
+  signal.throwIfAborted();
   const stdin = input === undefined ? "ignore" : Buffer.from(input);
   const child = Bun.spawn(argv, { env, stdin, stdout: "pipe", stderr: "pipe", detached: true });
-  const printed = { stdout: "", stderr: "" };
-  const collect = async (name: keyof typeof printed) => {
-    for await (const chunk of child[name].pipeThrough(new TextDecoderStream())) {
-      if (printed[name].length < CHILD_OUTPUT_LENGTH) printed[name] += chunk;
-    }
-  };
-  const killed = Promise.withResolvers<null>();
-  const end = () => {
-    kill(-child.pid, "SIGKILL");
-    killed.resolve(null);
-  };
+  const cut = Promise.withResolvers<never>();
   const limit = AbortSignal.any([signal, AbortSignal.timeout(limitMs)]);
-  limit.addEventListener("abort", end);
-  if (limit.aborted) end();
-  const ended = Promise.all([child.exited, collect("stdout"), collect("stderr")]);
-  const code = await Promise.race([ended.then(([exitCode]) => exitCode), killed.promise]);
-  limit.removeEventListener("abort", end);
-  return { code, ...printed };
+  limit.addEventListener("abort", () => cut.reject(new Error(`it took longer than ${limitMs / SECOND} s`)));
+  try {
+    const ended = Promise.all([child.exited, readAll(child.stdout), readAll(child.stderr)]);
+    const [code, stdout, stderr] = await Promise.race([ended, cut.promise]);
+    return { code, stdout: stdout.toString(), stderr: stderr.toString() };
+  } catch (error) {
+    kill(-child.pid, "SIGKILL");
+    throw error;
+  }
 }
 
 /** The first line of `pass show -- ENTRY`; throws an Error that says what to do. */
 async function readPass({ options: { passEntry: entry }, env, signal }: World): Promise<string> {
-  const ran = await runProgram(["pass", "show", "--", entry], { env: childEnv(env), signal }).catch(() => null);
-  if (!ran) throw new Error("pass cannot be started; install it, or set OPENAI_ADMIN_KEY");
-  const { code, stdout, stderr } = ran;
-  if (code === null) throw new Error(`pass took longer than 30 s; unlock it in a terminal with: pass show ${entry}`);
-  if (code !== 0 && stderr.includes("is not in the password store")) {
-    throw new Error(`pass has no entry ${entry}; store an admin key with: pass insert ${entry}`);
+  try {
+    const { code, stdout, stderr } = await runProgram(["pass", "show", "--", entry], { env: childEnv(env), signal });
+    if (code !== 0) throw new Error(stderr.trim() || `exit code ${code}`);
+    const [line = ""] = stdout.split("\n", 1);
+    return line === entry ? "" : line; // Of a folder, pass prints the name and a tree.
+  } catch (error) {
+    const store = `store an admin key with: pass insert ${entry} (or set OPENAI_ADMIN_KEY)`;
+    const advice = `install pass, ${store}, or unlock it once in a terminal with: pass show ${entry}`;
+    throw new Error(`pass show ${entry} failed, ${redact(messageOf(error))}; ${advice}`);
   }
-  if (code !== 0 && /No secret key|decryption failed/i.test(stderr)) {
-    throw new Error(`the gpg key is locked or missing; unlock it in a terminal with: pass show ${entry}`);
-  }
-  if (code !== 0) throw new Error(`pass ended with ${code}, ${redact(stderr, "")}`);
-  const line = stdout.split("\n", 1)[0] ?? "";
-  // Of a folder, pass prints the name and a tree.
-  return line === entry ? "" : line;
 }
 
-/** The key: OPENAI_ADMIN_KEY, else from pass. */
-export function createKeySource(world: World) {
-  let known: Promise<string> | null = null;
-  const fetchKey = async () => {
-    const given = world.env["OPENAI_ADMIN_KEY"];
-    const key = KeySchema.safeParse((given || (await readPass(world))).trim());
-    if (key.success) return key.data;
-    const place = given ? "OPENAI_ADMIN_KEY" : `the first line of ${world.options.passEntry} in pass`;
-    throw new Error(`${place} does not look like a key; put an admin key there`);
-  };
-  return {
-    /** The key, fetched when first needed; throws an Error that says what to do. */
-    async read(): Promise<string> {
-      const reading = (known ??= fetchKey());
-      try {
-        return await reading;
-      } catch (error) {
-        if (known === reading) known = null;
-        throw new Error(`Cannot read the key: ${messageOf(error)}`);
-      }
-    },
-    /** Lets the next read fetch it afresh. */
-    forget() {
-      known = null;
-    },
-  };
+/** The key, OPENAI_ADMIN_KEY or else from pass; throws an Error that says what to do. */
+async function readKey(world: World): Promise<string> {
+  if (world.options.drill) return "drill";
+  const given = world.env["OPENAI_ADMIN_KEY"];
+  const key = KeySchema.safeParse((given || (await readPass(world))).trim());
+  if (key.success) return key.data;
+  const place = given ? "OPENAI_ADMIN_KEY" : `the first line of ${world.options.passEntry} in pass`;
+  throw new Error(`${place} does not look like a key; put an admin key there`);
 }
-
-export type KeySource = ReturnType<typeof createKeySource>;
 
 // ── Effects: the look ───────────────────────────────────────────────────────────────────────────
 
-const MAX_BODY_BYTES = 1024 * 1024;
 const MAX_PAGES = 20;
 const MAX_CLOCK_SKEW_MS = 10 * MINUTE;
 const KEYS_URL = "https://platform.openai.com/settings/organization/admin-keys";
@@ -976,191 +928,202 @@ function listEndpoints(options: Options, now: number): Endpoint[] {
 
 /** What to do about an answer with another status than 200. */
 function advise(status: number, options: Options): string {
-  if (status >= 300 && status < 400) return "; a redirect is not followed, set --base-url to where it leads";
-  if (status === 404) return "; check --base-url and --source";
-  if (status !== 401 && status !== 403) return "; the next look comes by itself";
-  if (resolveSource(options) === "billing") return "; check the key; api.openai.com wants --source costs";
+  if (status >= 300 && status < 400) return "a redirect is not followed, set --base-url to where it leads";
+  if (status === 404) return "check --base-url and --source";
+  if (status !== 401 && status !== 403) return "the next look comes by itself";
+  if (resolveSource(options) === "billing") return "check the key; api.openai.com wants --source costs";
   const store = `run: pass insert ${options.passEntry} (or set OPENAI_ADMIN_KEY)`;
-  return `; create an admin key with the scope api.usage.read at ${KEYS_URL} and ${store}`;
+  return `create an admin key with the scope api.usage.read at ${KEYS_URL} and ${store}`;
 }
 
-/** The body of a response, null when it is over 1 MiB, counted after decompression. */
-async function readBody(response: Response): Promise<string | null> {
-  const decoder = new TextDecoder("utf-8", { fatal: true });
-  let text = "";
-  let size = 0;
-  for await (const chunk of response.body ?? []) {
-    size += chunk.byteLength;
-    if (size > MAX_BODY_BYTES) return null;
-    text += decoder.decode(chunk, { stream: true });
+/** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
+async function readAnswer(response: Response, { options, now }: World): Promise<unknown> {
+  const { status, headers } = response;
+  if (status !== 200) throw new Error(`HTTP ${status}; ${advise(status, options)}`);
+  if ((headers.get("content-encoding") ?? "identity") !== "identity") {
+    throw new Error("the answer is compressed, though asked for as it is; check --base-url");
   }
-  return text + decoder.decode();
+  const date = headers.get("date");
+  if (date !== null && !(Math.abs(Date.parse(date) - now()) <= MAX_CLOCK_SKEW_MS)) {
+    throw new Error("the answer's Date is more than 10 minutes off; set this machine's clock");
+  }
+  const bytes = await readAll(response.body ?? new Blob([]).stream());
+  const body = parseJson(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+  if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
+  const { error } = JsonSchema.safeParse(body).data ?? {};
+  if (error !== undefined && error !== null) throw new Error("the answer is an error with HTTP 200; check --base-url");
+  return body;
 }
 
-/** Looks at the account once; `onSeen` hears what was seen so far. Never throws: a failed look holds its `error`. */
-export type LookAt = (onSeen: (look: Reading) => void) => Promise<Reading>;
+/** Reads all pages of an endpoint, and lets `seen` have the entries of each. */
+async function readPages(
+  { path, read }: Endpoint,
+  { ask, seen }: { ask: (path: string) => Promise<unknown>; seen: (entries: Entry[]) => void },
+): Promise<void> {
+  const cursors = new Set<string>();
+  for (let query = ""; cursors.size < MAX_PAGES;) {
+    const { entries, next, problem } = read(await ask(path + query));
+    seen(entries);
+    if (problem !== null) throw new Error(problem);
+    if (next === null) return;
+    if (cursors.has(next)) throw new Error("next_page repeats itself, the pages have no end");
+    cursors.add(next);
+    query = `&page=${encodeURIComponent(next)}`;
+  }
+  throw new Error(`there are more than ${MAX_PAGES} pages`);
+}
 
-/** Makes the look at the account that the options ask for, with the key of `key`. */
-export function createLook({ options, now, signal }: World, key: KeySource): LookAt {
-  const { baseUrl, timeoutMs } = options;
+/** Looks at the account once; `onSeen` hears the sums seen so far. Never throws: a failed look holds its `error`. */
+export type Look = (onSeen: (sums: Sums) => void) => Promise<Reading>;
 
-  /** The body of a good answer; throws an Error that says what is wrong, and what to do. */
+/** Makes the look at the account that the options ask for; it keeps the key in memory until told to forget it. */
+export function createLook(world: World): { look: Look; forgetKey: () => void } {
+  const { options, now, signal } = world;
+  let key: Promise<string> | null = null;
+  const forgetKey = () => void (key = null);
+
   async function request(path: string, { secret, look }: { secret: string; look: Reading }): Promise<unknown> {
-    const asked = fetch(`${baseUrl}${path}`, {
-      headers: { authorization: `Bearer ${secret}`, accept: "application/json", "cache-control": "no-cache" },
+    const asked = fetch(`${options.baseUrl}${path}`, {
+      headers: { authorization: `Bearer ${secret}`, "accept-encoding": "identity" },
+      decompress: false,
       redirect: "manual",
       keepalive: false,
       verbose: false,
       tls: { rejectUnauthorized: true },
-      signal: AbortSignal.any([signal, AbortSignal.timeout(timeoutMs)]),
+      signal: AbortSignal.any([signal, AbortSignal.timeout(options.timeoutMs)]),
     });
     const response = await asked.catch((error) => {
       throw new Error(`${messageOf(error)}; check the network and --base-url`);
     });
-    const { status, headers } = response;
-    if (status === 401 || status === 403) key.forget();
-    look.retryAfterMs = Math.max(look.retryAfterMs, parseRetryAfter(headers.get("retry-after"), now()));
-    const text = await readBody(response).catch((error) => (status === 200 ? Promise.reject(error) : ""));
-    const body = parseJson(text ?? "");
-    const { error } = JsonSchema.safeParse(body).data ?? {};
-    const refusal = RefusalSchema.safeParse(body).data?.error ?? "no reason given";
-    if (status !== 200) throw new Error(`HTTP ${status}, ${refusal}${advise(status, options)}`);
-    if (text === null) throw new Error("the answer is over 1 MiB; check --base-url");
-    const date = headers.get("date");
-    if (date !== null && !(Math.abs(Date.parse(date) - now()) <= MAX_CLOCK_SKEW_MS)) {
-      throw new Error(`the answer is dated ${date}; set this machine's clock`);
-    }
-    if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
-    if (error !== undefined && error !== null) throw new Error(`an error with HTTP 200, ${refusal}`);
-    return body;
+    if (response.status === 401 || response.status === 403) forgetKey();
+    look.retryAfterMs = Math.max(look.retryAfterMs, parseRetryAfter(response.headers.get("retry-after"), now()));
+    return readAnswer(response, world);
   }
 
-  return async (onSeen) => {
+  async function look(onSeen: (sums: Sums) => void): Promise<Reading> {
     const beganMs = now();
-    const { yesterday, today } = listDays(beganMs);
-    const look: Reading = { ...UNSEEN, asOfMs: beganMs, days: {}, tokens: options.allowances.map(() => ({})) };
-    let secret = "";
-
-    /** Books every page of an endpoint. */
-    async function readPages({ path, read }: Endpoint): Promise<void> {
-      const cursors = new Set<string>();
-      for (let query = ""; ;) {
-        const page = read(await request(path + query, { secret, look }));
-        const complaint = bookEntries(look, { entries: page.entries, now: beganMs, options });
-        onSeen(look);
-        const problem = page.problem ?? complaint;
-        if (problem !== null) throw new Error(problem);
-        if (page.next === null) return;
-        if (cursors.has(page.next)) throw new Error("next_page repeats itself, the pages have no end");
-        if (cursors.add(page.next).size === MAX_PAGES) throw new Error(`there are more than ${MAX_PAGES} pages`);
-        query = `&page=${encodeURIComponent(page.next)}`;
-      }
+    const look: Reading = { ...UNSEEN, asOfMs: beganMs, sums: startSums(beganMs, options) };
+    const note = (what: string) => (error: unknown) => {
+      look.error ??= `Cannot read ${what}: ${messageOf(error)}`;
+    };
+    const secret = await (key ??= readKey(world)).catch(note("the key"));
+    if (!secret) {
+      forgetKey();
+      return look;
     }
+    const ask = (path: string) => request(path, { secret, look });
+    const seen = (entries: Entry[]) => onSeen((look.sums = addEntries(look.sums, { entries, options })));
+    const reads = listEndpoints(options, beganMs).map((endpoint) =>
+      readPages(endpoint, { ask, seen }).catch(note(endpoint.what)),
+    );
+    await Promise.all(reads);
+    return look;
+  }
 
-    const note = (error: unknown, what: string) => (look.error ??= redact(what + messageOf(error), secret));
-    try {
-      secret = await key.read();
-      const reads = listEndpoints(options, beganMs).map((endpoint) =>
-        readPages(endpoint).catch((error) => note(error, `Cannot read ${endpoint.what}: `)),
-      );
-      await Promise.all(reads);
-    } catch (error) {
-      note(error, "");
-    }
-    if (look.error !== null) return look;
-    // A good look is complete: a day without a row had no cost.
-    const tokens = look.tokens.map((used) => ({ [today]: 0, ...used }));
-    return { ...look, days: { [yesterday]: 0, [today]: 0, ...look.days }, tokens };
-  };
+  return { look, forgetKey };
 }
 
 // ── Effects: the watch ──────────────────────────────────────────────────────────────────────────
 // One timer and one look at a time, whoever asks: every answer comes from the reading in memory.
 
-/** A wall clock that moves this far between two ticks was asleep, or was set. */
-const SLEEP_GAP_MS = 10 * SECOND;
+/** When the wall clock moves so far from the monotonic one, the machine was asleep, or somebody set it. */
+const CLOCK_JUMP_MS = 10 * SECOND;
 
-/** What a watch looks with, and what hears INFO after each look and tick. */
-type Looking = { look: LookAt; onAnswer: (info: Info) => void };
-
-/** Looks again and again until the end; `onAnswer` hears INFO at every look and tick after the first look. */
-export function startWatch({ options, now, signal }: World, { look, onAnswer }: Looking) {
+/**
+ * Looks again and again until the end. The answers are settled once a look has ended that began since the clocks last
+ * jumped apart; `onAnswer` hears only those.
+ */
+export function startWatch(world: World, { look, onAnswer }: { look: Look; onAnswer: (info: Info) => void }) {
+  const { options, now, signal } = world;
   const startedMs = now();
+  const readLead = () => now() - performance.now();
+  let leadMs = readLead();
   let reading = UNSEEN;
-  let goodMs = performance.now();
-  let lastTickMs = startedMs;
-  let pause = Promise.withResolvers<void>();
-  let settled = Promise.withResolvers<void>();
-  /** Looks begun so far, and how many must begin before one settles the answers; null when one has. */
-  let begun = 0;
-  let awaited: number | null = 1;
+  let isSettled = false;
+  /** What questions wait for before the answers are settled, `--timeout` at most; null when the wait is over. */
+  let wait: PromiseWithResolvers<void> | null = null;
+  let alarm = Promise.withResolvers<void>();
+  let described: { atMs: number; reading: Reading; info: Info } | null = null;
 
-  /** Makes something of the reading as of now, once for all who ask within the same millisecond. */
-  function atNow<T>(make: (moment: Moment) => T): () => T {
-    let made: { now: number; elapsedMs: number; reading: Reading; value: T } | null = null;
-    return () => {
-      const at = { now: now(), elapsedMs: Math.floor(performance.now() - goodMs), reading };
-      if (made?.now !== at.now || made.elapsedMs !== at.elapsedMs || made.reading !== reading) {
-        made = { ...at, value: make({ ...at, options }) };
-      }
-      return made.value;
-    };
+  function beginWait(): void {
+    isSettled = false;
+    const begun = (wait ??= Promise.withResolvers<void>());
+    setTimeout(() => begun === wait && endWait(), options.timeoutMs);
   }
-  const describeNow = atNow((moment) => describe({ ...moment, startedMs }));
+
+  function endWait(): void {
+    wait?.resolve();
+    wait = null;
+  }
+
+  /** INFO as of now, made once for all who ask within the same millisecond. */
+  function describeNow(): Info {
+    const atMs = now();
+    if (described?.atMs !== atMs || described.reading !== reading) {
+      described = { atMs, reading, info: describe({ now: atMs, reading, options, startedMs }) };
+    }
+    return described.info;
+  }
+
+  function noticeJump(): void {
+    const movedMs = readLead() - leadMs;
+    if (Math.abs(movedMs) <= CLOCK_JUMP_MS) return;
+    leadMs += movedMs;
+    // By a clock that was set back, nobody can tell how old the last good look is.
+    if (movedMs < 0) reading = { ...reading, asOfMs: null, error: "this machine's clock was set back" };
+    beginWait();
+    alarm.resolve();
+  }
+
+  /** Takes in what a look has found that began while the clocks were `beganLeadMs` apart. */
+  function take(found: Reading, beganLeadMs: number): void {
+    noticeJump();
+    if (leadMs !== beganLeadMs) {
+      reading = { ...reading, sums: raiseSums(reading.sums, found.sums) };
+      return;
+    }
+    reading = mergeLook(reading, found);
+    isSettled = true;
+    endWait();
+    onAnswer(describeNow());
+  }
 
   async function keepLooking(): Promise<void> {
     for (let failures = 0; ;) {
-      await pause.promise;
+      await alarm.promise;
       if (signal.aborted) return;
-      pause = Promise.withResolvers();
-      const count = ++begun;
-      const beganMs = performance.now();
-      const found = await look((seen) => (reading = raiseReading(reading, seen)));
+      alarm = Promise.withResolvers();
+      const beganLeadMs = leadMs;
+      const found = await look((seen) => (reading = { ...reading, sums: raiseSums(reading.sums, seen) }));
       if (signal.aborted) return;
-      reading = mergeLook(reading, found);
-      if (found.error === null) goodMs = beganMs;
+      take(found, beganLeadMs);
       failures = found.error === null ? 0 : failures + 1;
-      if (awaited !== null && count >= awaited) {
-        awaited = null;
-        settled.resolve();
-      }
-      if (awaited === null) onAnswer(describeNow());
       const delayMs = failures === 0 ? options.intervalMs : computeBackoff(failures, { ...options, ...found });
-      const timer = setTimeout(pause.resolve, delayMs);
-      void pause.promise.then(() => clearTimeout(timer));
+      const timer = setTimeout(alarm.resolve, delayMs);
+      void alarm.promise.then(() => clearTimeout(timer));
     }
   }
 
-  function noticeSleep(): void {
-    const nowMs = now();
-    if (Math.abs(nowMs - lastTickMs) <= SLEEP_GAP_MS) return;
-    lastTickMs = nowMs;
-    if (awaited === null) settled = Promise.withResolvers();
-    awaited = begun + 1;
-    pause.resolve();
-  }
-
   signal.addEventListener("abort", () => {
-    pause.resolve();
-    settled.resolve();
+    alarm.resolve();
+    endWait();
   });
+  beginWait();
   void keepLooking();
   return {
-    decide: atNow(decide),
+    decide: () => decide({ now: now(), reading, options }),
     describe: describeNow,
     /** Looks now, or once more where a look is under way; the first call starts the watch. */
-    hurry: () => pause.resolve(),
+    hurry: () => alarm.resolve(),
     /** To be called every second: age and midnight change the answer without a look. */
     tick(): void {
-      noticeSleep();
-      lastTickMs = now();
-      if (awaited === null) onAnswer(describeNow());
+      noticeJump();
+      if (isSettled) onAnswer(describeNow());
     },
-    /** Resolves when the answers rest on a look, after `--timeout` at the latest; null when they do already. */
+    /** Resolves when a question can be answered; null when it can be now. */
     settled(): Promise<void> | null {
-      noticeSleep();
-      if (awaited === null || signal.aborted) return null;
-      return Promise.race([settled.promise, Bun.sleep(options.timeoutMs)]);
+      noticeJump();
+      return wait?.promise ?? null;
     },
   };
 }
@@ -1170,159 +1133,137 @@ export type Watch = ReturnType<typeof startWatch>;
 // ── Effects: the server ─────────────────────────────────────────────────────────────────────────
 
 const MAX_CONNECTIONS = 1024;
-const MAX_ASKED = 128;
-const MAX_OUTBOX_LENGTH = 64 * 1024;
-
-/** A conversation in MCP: `ask` brings the INFO object, `send` takes an answer without its newline. */
-function createMcp({ ask, send }: { ask: () => Info | Promise<Info>; send: (text: string) => void }) {
-  /** Requests that wait for INFO; one that is cancelled gets no answer. */
-  const asked = new Set<Id>();
-  function hear(line: string): void {
-    const answer = line.trim() ? answerMcp(line) : { kind: "none" as const };
-    switch (answer.kind) {
-      case "none":
-        return;
-      case "reply":
-        return send(answer.text);
-      case "cancel":
-        return void asked.delete(answer.id);
-      case "ask": {
-        const { id, finish } = answer;
-        const reply = (info: Info) => {
-          if (asked.delete(id)) send(finish(info));
-        };
-        asked.add(id);
-        const info = ask();
-        if (info instanceof Promise) info.then(reply).catch(() => asked.clear());
-        else reply(info);
-      }
-    }
-  }
-  return { asked, hear };
-}
+/** So that idle agents leave room for everybody else. */
+const MAX_MCP_CONNECTIONS = MAX_CONNECTIONS / 2;
+/** How much a connection is answered at a time, and how much may wait unread or unsent on all together. */
+const REPLIES_LENGTH = 64 * 1024;
+const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
 interface Peer {
-  /** What comes next: the question, its answer, the end of the answer, messages of MCP, or nothing. */
-  phase: "asking" | "waiting" | "answered" | "mcp" | "closed";
+  /** Its next line is awaited; that line waits for a look, unread; its last answer is on the way; it was told so. */
+  phase: "asking" | "waiting" | "answered" | "closed";
+  /** Whether each of its lines is a message of MCP. */
+  isMcp: boolean;
   /** Whether the client has closed its half. */
   ended: boolean;
   input: Buffer;
-  /** Answers to come, and the bytes of earlier ones that the socket has not taken yet. */
-  outbox: string;
+  /** What the socket has not taken yet. */
   unsent: Buffer;
   /** When to cut the connection off, ms on the monotonic clock. */
   deadlineMs: number;
-  mcp: ReturnType<typeof createMcp> | null;
 }
 
-/** Answers questions over TCP. Throws an Error where it cannot listen. */
-export function startServer({ options: { host, port } }: World, watch: Watch) {
-  const peers = new Set<Bun.Socket<Peer>>();
-  let pumping = false;
+type Socket = Bun.Socket<Peer>;
 
-  /** Answers the one question of a connection, now or once the answer rests on a look. */
-  function answer(socket: Bun.Socket<Peer>, question: Question): void {
-    const peer = socket.data;
-    const later = question.needsLook ? watch.settled() : null;
-    const reply = () => {
-      peer.phase = "answered";
-      peer.outbox += `${question.reply(watch)}\n`;
-    };
-    peer.input = NOTHING;
-    if (!later) return reply();
-    peer.phase = "waiting";
-    peer.deadlineMs = Infinity;
-    void later.then(() => {
-      if (peer.phase !== "waiting") return;
-      reply();
+/** What a peer asks next, and what it has sent behind that; null where that is not known yet. */
+function readQuestion(socket: Socket, { isCrowded }: { isCrowded: () => boolean }) {
+  const { phase, input, ended } = socket.data;
+  if (phase !== "asking") return null;
+  // This machine is on loopback, or at the very address that it connected to.
+  const isLocal = () => isLoopback(socket.remoteAddress) || socket.remoteAddress === socket.localAddress;
+  const isMcp = socket.data.isMcp || beginsMcp(input);
+  const last = (question: Question) => ({ question, rest: NOTHING, isMcp: false });
+  if (isMcp && !socket.data.isMcp && !isLocal()) return last(NOT_ALLOWED);
+  if (isMcp && !socket.data.isMcp && isCrowded()) return last(BUSY);
+  const cut = takeLine(input, { ended, limit: isMcp ? MAX_MCP_LINE_BYTES : MAX_LINE_BYTES });
+  if (cut === "incomplete" || (isMcp && input.length === 0)) return null;
+  if (cut === "too long") return last(TOO_LONG);
+  return isMcp ? { question: readMcp(cut.line), rest: cut.rest, isMcp } : last(findQuestion(cut.line, { isLocal }));
+}
+
+/** Hands the socket what it takes. */
+function send(socket: Socket, bytes: Buffer): void {
+  const peer = socket.data;
+  const taken = Math.max(socket.write(bytes), 0);
+  if (taken > 0 || peer.deadlineMs === Infinity) peer.deadlineMs = performance.now() + PATIENCE_MS;
+  peer.unsent = taken < bytes.length ? bytes.subarray(taken) : NOTHING;
+}
+
+/** Makes the function that does all that can be done for a peer now. */
+function createPump(peers: Set<Socket>, watch: Pick<Watch, "decide" | "describe" | "settled">) {
+  let isResuming = false;
+  const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_MCP_CONNECTIONS;
+  const countHeld = () => [...peers].reduce((sum, { data }) => sum + data.input.length + data.unsent.length, 0);
+
+  /** Takes up all that wait, once they can be answered. */
+  async function resumeAfter(wait: Promise<void>): Promise<void> {
+    if (isResuming) return;
+    isResuming = true;
+    await wait;
+    isResuming = false;
+    for (const socket of peers) {
+      if (socket.data.phase !== "waiting") continue;
+      socket.data.phase = "asking";
+      socket.resume();
       pump(socket);
-    });
-  }
-
-  /** Takes one line from the input and sees to it; false where there is none to take now. */
-  function readLine(socket: Bun.Socket<Peer>): boolean {
-    const peer = socket.data;
-    const { phase, input, ended } = peer;
-    if (phase !== "asking" && phase !== "mcp") return false;
-    if (input.length === 0 && (phase === "mcp" || !ended)) return false;
-    if (peer.outbox.length > MAX_OUTBOX_LENGTH || (peer.mcp?.asked.size ?? 0) >= MAX_ASKED) return false;
-    // This machine is on loopback, or at the very address that it connected to.
-    const isLocal = () => isLoopback(socket.remoteAddress) || socket.remoteAddress === socket.localAddress;
-    const braced = phase === "mcp" || beginsMcp(input);
-    const cut = takeLine(input, { ended, limit: braced ? MAX_MCP_LINE_BYTES : MAX_LINE_BYTES });
-    if (braced && !peer.mcp && !isLocal()) answer(socket, NOT_ALLOWED);
-    else if (cut === "too long") answer(socket, TOO_LONG);
-    else if (cut === "incomplete") return false;
-    else if (!braced) answer(socket, findQuestion(cut.line, { isLocal }));
-    else {
-      peer.phase = "mcp";
-      peer.mcp ??= createMcp({
-        ask: () => watch.settled()?.then(watch.describe) ?? watch.describe(),
-        send(text) {
-          peer.outbox += `${text}\n`;
-          if (!pumping) pump(socket);
-        },
-      });
-      peer.input = cut.rest;
-      peer.mcp.hear(cut.line);
     }
-    return true;
   }
 
-  /** Hands the socket what it takes; true where it took all of something. */
-  function flush(socket: Bun.Socket<Peer>): boolean {
+  /** What a peer is to be told now. */
+  function answer(socket: Socket): string {
     const peer = socket.data;
-    if (peer.unsent.length === 0 && peer.outbox === "") return false;
-    if (peer.unsent.length === 0) {
-      peer.unsent = Buffer.from(peer.outbox);
-      peer.outbox = "";
+    let replies = "";
+    for (let asked; replies.length < REPLIES_LENGTH && (asked = readQuestion(socket, { isCrowded }));) {
+      peer.isMcp = asked.isMcp;
+      const wait = asked.question.needsLook ? watch.settled() : null;
+      if (wait) {
+        peer.phase = "waiting";
+        void resumeAfter(wait);
+        break;
+      }
+      peer.input = asked.rest;
+      if (!peer.isMcp) peer.phase = "answered";
+      const reply = asked.question.reply(watch);
+      if (reply !== null) replies += `${reply}\n`;
     }
-    const taken = Math.max(socket.write(peer.unsent), 0);
-    if (taken > 0 || peer.deadlineMs === Infinity) peer.deadlineMs = performance.now() + PATIENCE_MS;
-    peer.unsent = peer.unsent.subarray(taken);
-    return peer.unsent.length === 0;
+    return replies;
   }
 
-  /** Does all that can be done for a peer now. */
-  function pump(socket: Bun.Socket<Peer>): void {
+  function pump(socket: Socket): void {
     const peer = socket.data;
-    if (peer.phase === "closed") return;
-    pumping = true;
-    do while (readLine(socket));
-    while (flush(socket));
-    pumping = false;
-    const stuck = peer.unsent.length > 0;
-    const finished = peer.phase === "answered" || (peer.ended && peer.mcp?.asked.size === 0);
-    if (!stuck && finished) {
+    if (peer.unsent.length > 0) send(socket, peer.unsent);
+    for (let replies; peer.unsent.length === 0 && (replies = answer(socket));) send(socket, Buffer.from(replies));
+    const isSent = peer.unsent.length === 0;
+    if (isSent && (peer.phase === "waiting" || peer.isMcp)) peer.deadlineMs = Infinity;
+    if (!isSent || peer.phase === "waiting") {
+      socket.pause();
+      if (countHeld() > MAX_HELD_BYTES) socket.terminate();
+    } else if (peer.phase === "answered" || (peer.isMcp && peer.ended && peer.input.length === 0)) {
       peer.phase = "closed";
       peer.deadlineMs = performance.now() + PATIENCE_MS;
       socket.shutdown();
-    } else if (peer.phase === "mcp") {
-      if (!stuck) peer.deadlineMs = Infinity;
-      if (stuck || peer.input.length > MAX_MCP_LINE_BYTES) socket.pause();
-      else socket.resume();
-    }
+    } else peer.input = Buffer.from(peer.input); // A copy, so that what was read before it is freed.
   }
 
+  return pump;
+}
+
+/** Answers questions over TCP. Throws an Error where it cannot listen. */
+export function startServer({ options: { host, port } }: World, watch: Pick<Watch, "decide" | "describe" | "settled">) {
+  const peers = new Set<Socket>();
+  const pump = createPump(peers, watch);
   const listener = Bun.listen<Peer>({
     hostname: host,
     port,
     allowHalfOpen: true,
     socket: {
       open(socket) {
-        const deadlineMs = performance.now() + PATIENCE_MS;
-        const buffers = { input: NOTHING, outbox: "", unsent: NOTHING };
-        socket.data = { phase: "asking", ended: false, ...buffers, deadlineMs, mcp: null };
+        const isBusy = peers.size >= MAX_CONNECTIONS;
+        if (peers.size >= 2 * MAX_CONNECTIONS) return void socket.terminate();
         peers.add(socket);
-        if (peers.size > 2 * MAX_CONNECTIONS) socket.terminate();
-        else if (peers.size > MAX_CONNECTIONS) {
-          answer(socket, BUSY);
-          pump(socket);
-        }
+        socket.data = {
+          phase: isBusy ? "answered" : "asking",
+          isMcp: false,
+          ended: false,
+          input: NOTHING,
+          unsent: isBusy ? Buffer.from(`${BUSY.reply(watch)}\n`) : NOTHING,
+          deadlineMs: performance.now() + PATIENCE_MS,
+        };
+        if (isBusy) pump(socket);
       },
       data(socket, chunk) {
         const peer = socket.data;
-        if (peer.phase !== "asking" && peer.phase !== "mcp") return;
+        if (peer.phase === "answered" || peer.phase === "closed") return;
         peer.input = peer.input.length > 0 ? Buffer.concat([peer.input, chunk]) : chunk;
         pump(socket);
       },
@@ -1331,11 +1272,11 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
         if (socket.data.phase === "closed") socket.end();
         else pump(socket);
       },
-      drain: pump,
-      close(socket) {
-        socket.data.phase = "closed";
-        peers.delete(socket);
+      drain(socket) {
+        socket.resume();
+        pump(socket);
       },
+      close: (socket) => void peers.delete(socket),
       error() {}, // The peer is gone, which close has said already.
     },
   });
@@ -1350,9 +1291,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
     /** Listens no more, lets answers under way arrive for up to a second, then closes everything. */
     async stop(): Promise<void> {
       listener.stop();
-      const isIdle = ({ phase, mcp }: Peer) => phase === "asking" || (phase === "mcp" && mcp?.asked.size === 0);
-      for (const socket of peers) if (isIdle(socket.data)) socket.terminate();
-      await waitWhile(() => peers.size > 0, SECOND);
+      await waitWhile(() => [...peers].some(({ data }) => data.phase !== "asking"), SECOND);
       listener.stop(true);
     },
   };
@@ -1360,31 +1299,42 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 
 // ── Effects: hooks ──────────────────────────────────────────────────────────────────────────────
 
-/** Makes the function that runs the hook for a change of the answer: one at a time, in order. */
-function createHooks({ options, env, signal, log }: World): (info: Info) => void {
-  let wasOpen = false;
-  let queue = Promise.resolve();
-
-  async function runHook(name: string, { command, info }: { command: string; info: Info }): Promise<void> {
-    const variables = {
-      BREAKER_OPEN: info.open ? "TRUE" : "FALSE",
-      BREAKER_REASON: info.reason,
-      BREAKER_MESSAGE: info.message,
-      BREAKER_COST: String(info.cost?.total ?? ""),
-    };
-    const input = `${JSON.stringify(info)}\n`;
-    const ran = await runProgram(["sh", "-c", command], { env: childEnv(env, variables), signal, input });
-    const lines = `${ran.stdout}\n${ran.stderr}`.split("\n").filter((line) => line.trim());
-    for (const line of lines) log(`${name}: ${redact(line, "")}`);
-    if (ran.code !== 0) log(`${name}: ${ran.code === null ? "killed" : `ended with exit code ${ran.code}`}`);
+async function runHook(info: Info, { options, env, signal, log }: World): Promise<void> {
+  const [name, command] = info.open ? ["--on-trip", options.onTrip] : ["--on-reset", options.onReset];
+  if (!command) return;
+  const variables = {
+    BREAKER_OPEN: info.open ? "TRUE" : "FALSE",
+    BREAKER_REASON: info.reason,
+    BREAKER_MESSAGE: info.message,
+    BREAKER_COST: String(info.cost?.total ?? ""),
+  };
+  const run = { env: childEnv(env, variables), signal, input: `${JSON.stringify(info)}\n` };
+  try {
+    const { code, stdout, stderr } = await runProgram(["sh", "-c", command], run);
+    for (const line of `${stdout}\n${stderr}`.split("\n")) if (line.trim()) log(`${name}: ${redact(line)}`);
+    if (code !== 0) log(`${name}: ended with exit code ${code}`);
+  } catch (error) {
+    log(`${name}: killed, ${messageOf(error)}`);
   }
+}
 
+/** Makes the function that runs the hooks: one at a time, while only the newest change of the answer waits. */
+function createHooks(world: World): (info: Info) => void {
+  let wasOpen = false;
+  let newest: Info | null = null;
+  let running: Promise<void> | null = null;
+  async function runAll(): Promise<void> {
+    for (let info; (info = newest) && !world.signal.aborted;) {
+      newest = null;
+      await runHook(info, world);
+    }
+    running = null;
+  }
   return (info) => {
     if (info.open === wasOpen) return;
     wasOpen = info.open;
-    const [name, command] = info.open ? ["--on-trip", options.onTrip] : ["--on-reset", options.onReset];
-    if (!command) return;
-    queue = queue.then(() => runHook(name, { command, info })).catch((error) => log(`${name}: ${messageOf(error)}`));
+    newest = info;
+    running ??= runAll();
   };
 }
 
@@ -1409,7 +1359,7 @@ export async function ask(question: string, { host, port, timeoutMs }: Address):
       open: (socket) => void socket.write(`${question}\n`),
       data(socket, chunk) {
         text += decoder.decode(chunk, { stream: true });
-        if (text.length > MAX_BODY_BYTES) socket.terminate();
+        if (text.length > MAX_READ_BYTES) socket.terminate();
       },
       close: () => (text.endsWith("\n") ? answered.resolve() : refuse("the connection closed without an answer")),
       error: (_, error) => refuse(error.message),
@@ -1429,7 +1379,7 @@ export async function ask(question: string, { host, port, timeoutMs }: Address):
 async function askStatus(address: Address): Promise<boolean> {
   const text = await ask("STATUS", address);
   if (text === "TRUE" || text === "FALSE") return text === "TRUE";
-  throw new Error(`What listens at port ${address.port} answers "${redact(text, "")}"; expected TRUE or FALSE`);
+  throw new Error(`What listens at port ${address.port} answers "${redact(text)}"; expected TRUE or FALSE`);
 }
 
 /** What the breaker at `address` knows; throws where that is none, or does not take this machine for its own. */
@@ -1437,177 +1387,120 @@ async function askInfo(address: Address): Promise<Info> {
   const text = await ask("INFO", address);
   const info = InfoSchema.safeParse(parseJson(text));
   if (info.success) return info.data;
-  throw new Error(`What listens at port ${address.port} answers "${redact(text, "")}"; expected INFO of a breaker`);
+  throw new Error(`What listens at port ${address.port} answers "${redact(text)}"; expected INFO of a breaker`);
 }
 
 // ── Effects: stop and exec ──────────────────────────────────────────────────────────────────────
 
-interface Process {
-  pid: number;
-  parent: number;
-  /** Tells a process from a later one with the same pid. */
-  started: string;
-  /** Whether its group is the one that the terminal sends a SIGINT to. */
-  foreground: boolean;
-  words: string[];
-}
-
-/** The processes that run on this machine, without those that have ended and wait for their parents. */
-function listProcesses(): Process[] {
-  if (existsSync("/proc/self/stat")) return readdirSync("/proc").flatMap(readProcess);
-  return parsePs(
-    Bun.spawnSync(["ps", "-A", "-o", "pid=,ppid=,stat=,lstart=,args="], {
-      env: { PATH: "/usr/bin:/bin" },
-    }).stdout.toString(),
-  );
-}
-
-/** Reads the lines of `ps`: `"7 1 S+ Mon Nov 23 11:04:57 2026 bun breaker.ts"` → `[{ pid: 7, parent: 1, … }]` */
-export function parsePs(text: string): Process[] {
-  const form = /^ *(\d+) +(\d+) +([^Z ]\S*) +((?:\S+ +){4}\S+) (.*)$/gm;
-  return [...text.matchAll(form)].map(([, pid, parent, state = "", started = "", args = ""]) => {
-    const words = args.trim().split(/ +/);
-    return { pid: Number(pid), parent: Number(parent), started, foreground: state.includes("+"), words };
-  });
-}
-
-/** One process from /proc; none where it has just ended. */
-function readProcess(name: string): Process[] {
+/** What `ps` prints; nothing where it finds none, or cannot be run. */
+function runPs(...args: string[]): string {
   try {
-    const pid = z.coerce.number().parse(name);
-    const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
-    const [state, parent, group, , , terminalGroup, ...fields] = stat.slice(stat.lastIndexOf(")") + 2).split(" ");
-    const words = readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0").slice(0, -1);
-    const foreground = group === terminalGroup;
-    return state === "Z" ? [] : [{ pid, parent: Number(parent), started: fields[13] ?? "", foreground, words }];
+    return Bun.spawnSync(["ps", "-ww", ...args], { env: { PATH: "/usr/bin:/bin" } }).stdout.toString();
   } catch {
-    return [];
+    return "";
   }
 }
 
-/** Whether `pid` serves with this script, run by Bun or compiled: nothing else is ever stopped. */
-function isServing(pid: number): boolean {
-  const isThis = (path = "") => basename(path).replace(/\.\w+$/, "") === basename(import.meta.path, ".ts");
-  const { words = [] } = listProcesses().find((process) => process.pid === pid) ?? {};
-  const isBun = basename(words[0] ?? "").startsWith("bun");
-  const script = isBun ? words.findIndex((text, at) => at > 0 && text !== "run" && !text.startsWith("-")) : 0;
-  if (!isThis(words[script])) return false;
-  try {
-    return parseArguments(words.slice(script + 1), {}).command === "serve";
-  } catch {
-    return true; // Its own environment made its options valid.
-  }
+/** Whether `pid` is a breaker that serves from this file at `port`, as far as its arguments tell. */
+function isBreaker(pid: number, port: number): boolean {
+  const [path, name] = [import.meta.path, basename(import.meta.path)].map(RegExp.escape);
+  const form = new RegExp(`^\\S*bun\\S* (run )?(-\\S+ )*(${path}|\\S*/${name}|${name})( serve)?(?<options> --.*)?$`);
+  const { options = "" } = form.exec(runPs("-o", "args=", "-p", String(pid)).trimEnd())?.groups ?? { options: "none" };
+  const ports = [...options.matchAll(/ --port[= ](\d+)/g)].map(([, digits]) => Number(digits));
+  return options !== "none" && [0, port].includes(ports.at(-1) ?? port);
 }
 
 /** Ends the breaker that answers at `address`, and waits until it is gone; throws where that cannot be. */
 async function stopBreaker(address: Address): Promise<number> {
   const { pid } = await askInfo(address);
-  if (!isServing(pid))
-    throw new Error(
-      `Process ${pid} is no breaker that runs here as bun breaker.ts; stop it where it runs, or with: kill`,
-    );
+  if (!isBreaker(pid, address.port)) {
+    const advice = "stop it where it runs, or with: kill";
+    throw new Error(`Process ${pid} is no breaker that runs here as bun breaker.ts at ${address.port}; ${advice}`);
+  }
   if (!kill(pid, "SIGTERM")) throw new Error(`Process ${pid} cannot be stopped; try it as the user who started it`);
-  if (await waitWhile(() => isServing(pid), address.timeoutMs)) return EXIT.closed;
+  if (await waitWhile(() => isBreaker(pid, address.port), address.timeoutMs)) return EXIT.closed;
   throw new Error(`Process ${pid} does not stop; end it with: kill -9 ${pid}`);
 }
 
-/** Whether a process carries `mark` in the environment that it began with; only /proc tells. */
-function isMarked(pid: number, mark: string): boolean {
-  try {
-    return readFileSync(`/proc/${pid}/environ`, "utf8").includes(mark);
-  } catch {
-    return false;
+/** `pids` and what descends from them at this moment. */
+function findFamily(pids: number[]): number[] {
+  const rows = [...runPs("-A", "-o", "pid=,ppid=").matchAll(/(\d+) +(\d+)/g)];
+  const family = new Set(pids);
+  for (let before = 0; before < family.size;) {
+    before = family.size;
+    for (const [, pid, parent] of rows) if (family.has(Number(parent))) family.add(Number(pid));
   }
+  return [...family];
 }
 
-/** The members of `family` that still run, all that carry its mark, and all that descend from these. */
-function updateFamily(family: Process[], mark: string): Process[] {
-  const running = listProcesses();
-  const isKnown = (one: Process) => family.some(({ pid, started }) => pid === one.pid && started === one.started);
-  let members = running.filter((one) => isKnown(one) || isMarked(one.pid, mark));
-  for (let before = 0; before < members.length;) {
-    before = members.length;
-    members = running.filter((one) => members.some(({ pid }) => pid === one.pid || pid === one.parent));
+/** Ends a command and its family, the hard way after 10 s. */
+async function endCommand({ pid, exited }: Bun.Subprocess): Promise<void> {
+  let family = findFamily([pid]);
+  for (const member of family) kill(member, "SIGTERM");
+  // Who has ended is forgotten at once: its pid may soon be another's.
+  const someRun = () => (family = family.filter((member) => kill(member, 0))).length > 0;
+  if (!(await waitWhile(someRun, PATIENCE_MS))) {
+    for (const member of findFamily(family)) kill(member, "SIGKILL");
   }
-  return members;
+  await exited;
 }
 
-/** Whether the terminal, if there is one, sends its signals to this process: it then does so to the whole group. */
-function isForeground(): boolean {
-  return listProcesses().some(({ pid, foreground }) => foreground && pid === process.pid);
+async function explainTrip(address: Address): Promise<string> {
+  const info = await askInfo({ ...address, timeoutMs: SECOND }).catch(() => null);
+  return redact(info?.message ?? "TRUE");
+}
+
+/** Asks every second, and gives the reason once the breaker is open, or unknown for too long. */
+async function waitForTrip(address: Address, { options, child }: { options: Options; child: Bun.Subprocess }) {
+  for (let failingSinceMs = Infinity; ;) {
+    await Bun.sleep(SECOND);
+    if (child.exitCode !== null || child.signalCode !== null) return null;
+    try {
+      if (await askStatus(address)) return await explainTrip(address);
+      failingSinceMs = Infinity;
+    } catch (error) {
+      const nowMs = performance.now();
+      failingSinceMs = Math.min(failingSinceMs, nowMs);
+      if (nowMs - failingSinceMs >= PATIENCE_MS && options.whenUnknown) return messageOf(error);
+    }
+  }
 }
 
 /**
  * Runs a command as long as the breaker is closed; gives its exit code, 75 where the breaker refused or
  * stopped it. Throws where no breaker answers at the start.
  */
-async function guard(argv: string[], { options, env, log }: World): Promise<number> {
-  const address: Address = { ...options, timeoutMs: PATIENCE_MS };
-  const giveReason = async () =>
-    (await askInfo({ ...address, timeoutMs: SECOND }).catch(() => null))?.message ?? "TRUE";
+async function guard(argv: string[], { world, address }: { world: World; address: Address }): Promise<number> {
+  const { options, env, log } = world;
   if (await askStatus(address)) {
-    log(`the breaker is open, ${argv[0]} was not started: ${await giveReason()}`);
+    log(`the breaker is open, ${argv[0]} was not started: ${await explainTrip(address)}`);
     return EXIT.stopped;
   }
-  let child: Bun.Subprocess;
-  const signals: NodeJS.Signals[] = ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"];
-  const passOn = (signal: NodeJS.Signals) => {
-    const isTyped = (signal === "SIGINT" || signal === "SIGQUIT") && isForeground();
-    if (!isTyped) child.kill(signal);
+  let child: Bun.Subprocess | null = null;
+  const hasTerminal = [0, 1, 2].some(isatty);
+  const passOn = (name: NodeJS.Signals) => {
+    // The terminal sends these to the command itself.
+    const isTyped = hasTerminal && (name === "SIGINT" || name === "SIGQUIT");
+    if (!isTyped) child?.kill(name);
   };
-  const mark = crypto.randomUUID();
-  for (const signal of signals) process.on(signal, passOn); // First of all: no signal may miss the child.
+  hearSignals(passOn, world.signal);
   try {
-    const extra = { BREAKER_EXEC: `${env["BREAKER_EXEC"] ?? ""} ${mark}`.trim() }; // After that of an exec around it.
-    child = Bun.spawn(argv, { env: childEnv(env, extra), stdio: ["inherit", "inherit", "inherit"] });
+    child = Bun.spawn(argv, { env: childEnv(env), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
-    for (const signal of signals) process.off(signal, passOn);
     return z.object({ code: z.literal("ENOENT") }).safeParse(error).success ? EXIT.notFound : EXIT.notExecutable;
   }
-  let family = listProcesses().filter(({ pid }) => pid === child.pid);
-
-  /** Gives the reason once the breaker is open, or unknown for too long; null where the command ended before. */
-  async function watchBreaker(): Promise<string | null> {
-    for (let failingSinceMs = Infinity; ;) {
-      await Bun.sleep(SECOND);
-      if (child.exitCode !== null || child.signalCode !== null) return null;
-      family = updateFamily(family, mark);
-      const askedMs = performance.now();
-      try {
-        if (await askStatus(address)) return await giveReason();
-        failingSinceMs = Infinity;
-      } catch (error) {
-        failingSinceMs = Math.min(failingSinceMs, askedMs);
-        const unanswered = performance.now() - failingSinceMs >= PATIENCE_MS;
-        if (unanswered && options.whenUnknown) return messageOf(error);
-      }
-    }
-  }
-
-  try {
-    const reason = await Promise.race([child.exited.then(() => null), watchBreaker()]);
-    if (reason === null) return await child.exited;
-    log(`the breaker is open, stopping ${argv[0]}: ${reason}`);
-    const signalFamily = (signal: NodeJS.Signals | 0) => {
-      family = updateFamily(family, mark);
-      for (const { pid } of family) kill(pid, signal);
-      return family.length > 0;
-    };
-    signalFamily("SIGTERM");
-    await waitWhile(() => signalFamily(0), PATIENCE_MS);
-    await waitWhile(() => signalFamily("SIGKILL"), PATIENCE_MS);
-    await child.exited;
-    return EXIT.stopped;
-  } finally {
-    for (const signal of signals) process.off(signal, passOn);
-  }
+  const reason = await Promise.race([child.exited.then(() => null), waitForTrip(address, { options, child })]);
+  if (reason === null) return child.exited;
+  log(`the breaker is open, stopping ${argv[0]}: ${reason}`);
+  await endCommand(child);
+  return EXIT.stopped;
 }
 
 // ── main ────────────────────────────────────────────────────────────────────────────────────────
 
 /** Serves a simulated account on loopback that costs one cent after 10 s; gives its base URL. */
-function startDrill({ now, signal }: { now: () => number; signal: AbortSignal }): string {
+function startDrill({ now, signal }: World): string {
   const startedMs = now();
   const server = Bun.serve({
     hostname: "127.0.0.1",
@@ -1625,25 +1518,33 @@ function startDrill({ now, signal }: { now: () => number; signal: AbortSignal })
   return `http://127.0.0.1:${server.port}/v1`;
 }
 
-/** The key and the look that the options ask for; a drill looks at an account of its own. */
-function prepareLook(world: World): { key: KeySource; look: LookAt } {
+/** The world with the account that is looked at: in a drill its own. */
+function prepareAccount(world: World): World {
   const { drill, baseUrl } = world.options;
-  const options = { ...world.options, baseUrl: drill ? startDrill(world) : baseUrl };
-  const key: KeySource = drill ? { read: async () => "drill", forget() {} } : createKeySource(world);
-  if (options.baseUrl.startsWith("http:")) {
-    // Bun would send even a request to loopback through HTTP_PROXY, and the key with it.
-    const direct = [process.env["NO_PROXY"] || process.env["no_proxy"], new URL(options.baseUrl).hostname, "::1"];
-    process.env["NO_PROXY"] = process.env["no_proxy"] = direct.filter(Boolean).join(",");
+  if (!drill && !baseUrl.startsWith("http:")) return world;
+  // Bun would send even a request to loopback through HTTP_PROXY, and the key with it.
+  process.env["NO_PROXY"] = process.env["no_proxy"] = "*";
+  if (!drill) return world;
+  return { ...world, options: { ...world.options, baseUrl: startDrill(world) } };
+}
+
+/** Starts what listens at `place`; throws an Error that says what to do where it cannot. */
+function listen<Listener>({ flag, place }: { flag: string; place: string }, start: () => Listener): Listener {
+  try {
+    return start();
+  } catch (error) {
+    const advice = `choose another ${flag}, or stop what listens there`;
+    throw new Error(`Cannot listen at ${place}: ${messageOf(error)}; ${advice}`);
   }
-  return { key, look: createLook({ ...world, options }, key) };
 }
 
 /** The command `serve`. */
-async function serve(world: World): Promise<number> {
-  const { options, now, signal } = world;
-  const log = (text: string) => world.log(`${new Date(now()).toISOString()} ${text}`);
-  const { key, look } = prepareLook(world);
-  const runHooks = createHooks({ ...world, log });
+async function serve(given: World): Promise<number> {
+  const log = (text: string) => given.log(`${new Date(given.now()).toISOString()} ${text}`);
+  const world = prepareAccount({ ...given, log });
+  const { options, signal, stop } = world;
+  const { look, forgetKey } = createLook(world);
+  const runHooks = createHooks(world);
   let last: Info | null = null;
   const onAnswer = (info: Info) => {
     runHooks(info);
@@ -1652,18 +1553,12 @@ async function serve(world: World): Promise<number> {
     last = info;
   };
   const watch = startWatch(world, { look, onAnswer });
-  let server: ReturnType<typeof startServer>;
-  try {
-    server = startServer(world, watch);
-  } catch (error) {
-    const action = `Cannot listen at ${options.host}:${options.port}`;
-    throw new Error(`${action}: ${messageOf(error)}; choose another --port, or stop what listens there`);
-  }
+  const server = listen({ flag: "--port", place: `${options.host}:${options.port}` }, () => startServer(world, watch));
   const refresh = () => {
-    key.forget();
+    forgetKey();
     watch.hurry();
   };
-  process.on("SIGHUP", refresh);
+  hearSignals((name) => (name === "SIGHUP" ? refresh() : stop()), signal);
   log(`breaker ${VERSION} listens on ${options.host}:${server.port}, looks at ${resolveSource(options)}`);
   if (options.maxAgeMs < options.intervalMs) log("--max-age is below --interval: between looks the state is unknown");
   const ticker = setInterval(() => {
@@ -1675,16 +1570,15 @@ async function serve(world: World): Promise<number> {
   log("stopping");
   clearInterval(ticker);
   await server.stop();
-  process.off("SIGHUP", refresh);
   return EXIT.closed;
 }
 
 /** What `check` prints for a person: the days, the allowances, and the verdict. */
-export function formatCheck(info: Info, { now, coloured }: { now: number; coloured: boolean }): string {
+export function formatCheck(info: Info, { now, isColoured }: { now: number; isColoured: boolean }): string {
   const { yesterday, today } = listDays(now);
   const rows = [yesterday, today].map((day): [string, string] => {
     const cost = info.cost?.days[day];
-    return [day, cost === undefined ? "unknown" : `${formatAmount(cost)} ${info.cost?.currency}`];
+    return [day, cost === undefined ? "unknown" : `${formatAmount(cost)} usd`];
   });
   for (const { models, used, limit } of info.allowances) rows.push([models, `${used ?? "unknown"} of ${limit} tokens`]);
   const width = Math.max(...rows.map(([name]) => name.length));
@@ -1692,71 +1586,56 @@ export function formatCheck(info: Info, { now, coloured }: { now: number; colour
   const verdict = { none: "closed", cost: "open", allowance: "open", unknown: "unknown" }[info.reason];
   const colour = { none: 32, cost: 31, allowance: 31, unknown: 33 }[info.reason];
   const age = info.asOf === null ? "" : `${info.source}, ${info.ageSeconds} s ago\n`;
-  return `${table}${coloured ? `\x1b[1;${colour}m${verdict}\x1b[0m` : verdict}: ${info.message}\n${age}`;
+  return `${table}${isColoured ? `\x1b[1;${colour}m${verdict}\x1b[0m` : verdict}: ${info.message}\n${age}`;
 }
 
 /** The command `check`. */
-async function check(world: World): Promise<number> {
+async function check(given: World): Promise<number> {
+  const world = prepareAccount(given);
   const { options, now, signal, print, isColoured } = world;
+  hearSignals(world.stop, signal);
   const startedMs = now();
-  const reading = mergeLook(UNSEEN, await prepareLook(world).look(() => {}));
+  const reading = mergeLook(UNSEEN, await createLook(world).look(() => {}));
   if (signal.aborted) throw new Error("The check was interrupted");
-  const moment = { now: now(), reading, options, startedMs };
-  const info = describe(moment);
-  print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, { now: moment.now, coloured: isColoured() }));
+  const info = describe({ now: now(), reading, options, startedMs });
+  await print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, { now: now(), isColoured }));
   if (info.reason === "unknown") return EXIT.unavailable;
   return info.open ? EXIT.open : EXIT.closed;
 }
 
 /** MCP on stdin and stdout until the end of input; each call asks the running breaker. */
-async function speakMcp({ options, now, stdin, print }: World, address: Address): Promise<number> {
+async function speakMcp({ options, now, lines, print }: World, address: Address): Promise<number> {
   const startedMs = now();
   const explainNone = (error: unknown): Info => {
     const unknown = describe({ now: now(), reading: UNSEEN, options, startedMs });
     return { ...unknown, open: true, message: messageOf(error), error: messageOf(error) };
   };
-  const send = (text: string) => print(`${text}\n`);
-  const mcp = createMcp({ ask: () => askInfo(address).catch(explainNone), send });
-  let input = NOTHING;
-  for await (const chunk of stdin) {
-    input = Buffer.concat([input, chunk]);
-    for (let cut; (cut = takeLine(input, { ended: false, limit: MAX_MCP_LINE_BYTES })) !== "incomplete";) {
-      if (cut === "too long") {
-        await waitWhile(() => mcp.asked.size > 0);
-        send(fail(undefined, { code: -32600, message: "Line Too Long" }).text);
-        return EXIT.closed;
-      }
-      input = cut.rest;
-      mcp.hear(cut.line);
-      await waitWhile(() => mcp.asked.size > MAX_ASKED);
-    }
+  for await (const line of lines) {
+    const isLong = Buffer.byteLength(line) > MAX_MCP_LINE_BYTES;
+    const question = isLong ? fail(undefined, { code: -32600, message: "Line Too Long" }) : readMcp(line);
+    const info = question.needsLook ? await askInfo(address).catch(explainNone) : explainNone("");
+    const reply = question.reply({ decide: () => info, describe: () => info });
+    if (reply !== null) await print(`${reply}\n`);
+    if (isLong) break;
   }
-  mcp.hear(input.toString());
-  await waitWhile(() => mcp.asked.size > 0);
   return EXIT.closed;
 }
 
-/** The signals that end a command in good order. */
-const ENDINGS: Record<"serve" | "check", NodeJS.Signals[]> = {
-  serve: ["SIGTERM", "SIGINT", "SIGQUIT"],
-  check: ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"],
-};
-
 /** Runs a command line and gives its exit code; never throws. */
 export async function main(argv: string[], surroundings: Surroundings): Promise<number> {
-  const stop = new AbortController();
-  const quit = () => stop.abort();
+  const controller = new AbortController();
+  const { signal } = controller;
+  const stop = () => controller.abort();
   try {
     const call = parseArguments(argv, surroundings.env);
     if (call.command === "print") {
-      surroundings.print(call.text);
+      await surroundings.print(call.text);
       return EXIT.closed;
     }
     const { command, options, rest } = call;
-    const world: World = { ...surroundings, options, signal: stop.signal };
+    const world: World = { ...surroundings, options, stop, signal };
     // A breaker answers after its own --timeout at the latest.
     const address: Address = { ...options, timeoutMs: options.timeoutMs + 2 * SECOND };
-    if (command === "serve" || command === "check") ENDINGS[command].forEach((name) => process.on(name, quit));
     switch (command) {
       case "serve":
         return await serve(world);
@@ -1764,65 +1643,51 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
         return await check(world);
       case "status": {
         const open = await askStatus(address);
-        world.print(open ? "TRUE\n" : "FALSE\n");
+        await world.print(open ? "TRUE\n" : "FALSE\n");
         return open ? EXIT.open : EXIT.closed;
       }
       case "stop":
         return await stopBreaker(address);
       case "exec":
-        return await guard(rest, world);
+        return await guard(rest, { world, address });
       case "mcp":
         return await speakMcp(world, address);
     }
   } catch (error) {
-    surroundings.log(`breaker: ${redact(messageOf(error), "")}`);
+    surroundings.log(`breaker: ${redact(messageOf(error))}`);
     return error instanceof UsageError ? EXIT.usage : EXIT.unavailable;
   } finally {
-    ENDINGS.check.forEach((name) => process.off(name, quit));
-    stop.abort();
-  }
-}
-
-/** Writes all of a text, also to a pipe that is full for a while. */
-function writeAll(file: number, text: string): void {
-  for (let rest = Buffer.from(text); rest.length > 0;) {
-    try {
-      rest = rest.subarray(writeSync(file, rest));
-    } catch (error) {
-      if (!z.object({ code: z.literal("EAGAIN") }).safeParse(error).success) throw error;
-      Bun.sleepSync(1);
-    }
+    stop();
   }
 }
 
 const MAX_LOG_LINES = 1000;
 
-/** Writes lines to `file` in their order and never waits for them: the disk may be full, the reader asleep. */
-export function createLog(file: number) {
-  let written = Promise.resolve();
+/** Makes the function that writes lines to stderr and never waits: the disk may be full, the reader asleep. */
+function createLog(): (text: string) => Promise<void> {
+  const writer = Bun.stderr.writer();
   let waiting = 0;
-  return {
-    log(text: string): void {
-      if (waiting >= MAX_LOG_LINES) return;
-      waiting++;
-      written = written.then(() => new Promise((resolve) => write(file, `${text}\n`, () => resolve())));
-      void written.then(() => waiting--);
-    },
-    /** Resolves when all is written, after a second at the latest. */
-    flush: () => Promise.race([written, Bun.sleep(SECOND)]),
+  return async (text) => {
+    if (waiting >= MAX_LOG_LINES) return;
+    waiting++;
+    try {
+      writer.write(text);
+      await writer.flush();
+    } catch {} // Nobody is left to tell.
+    waiting--;
   };
 }
 
 if (import.meta.main) {
-  const { log, flush } = createLog(2);
+  const write = createLog();
   const code = await main(Bun.argv.slice(2), {
     env: { ...process.env },
     now: Date.now,
-    stdin: Bun.stdin.stream(),
-    print: (text) => writeAll(1, text),
-    log,
-    isColoured: () => process.stdout.isTTY && !process.env["NO_COLOR"],
+    lines: console,
+    print: (text) => Bun.write(Bun.stdout, text),
+    log: (text) => void write(`${text}\n`),
+    isColoured: isatty(1) && !process.env["NO_COLOR"],
   });
-  await flush();
+  await Promise.race([write(""), Bun.sleep(SECOND)]);
   process.exit(code);
 }
