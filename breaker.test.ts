@@ -16,17 +16,21 @@ import {
   rmSync,
   writeFileSync,
 } from "node:fs";
+import { createServer, type IncomingHttpHeaders, type ServerResponse } from "node:http";
 import { connect } from "node:net";
-import { tmpdir } from "node:os";
+import { networkInterfaces, tmpdir } from "node:os";
 import { join } from "node:path";
 import {
   addEntries,
   AmountSchema,
+  AnswerSchema,
   ask,
+  askForUsage,
   beginsMcp,
   computeBackoff,
   CostRowSchema,
   createLook,
+  cutEvents,
   decide,
   describe as describeInfo,
   findQuestion,
@@ -42,22 +46,25 @@ import {
   type Options,
   parseArguments,
   parseRetryAfter,
+  passHeaders,
   readBilling,
+  type Reading,
+  readJson,
   readMcp,
   readPage,
-  type Reading,
   redact,
   runProgram,
+  screen,
+  startGateway,
   startServer,
   startWatch,
   type Sums,
   type Surroundings,
   takeLine,
   UNSEEN,
-  UsageRowSchema,
   UsageError,
+  UsageRowSchema,
   VERSION,
-  type View,
   type World,
 } from "./breaker.ts";
 
@@ -166,6 +173,9 @@ function startAccount(respond: Respond) {
               return [line.slice(0, at), line.slice(at + 2)];
             }),
         );
+        const [, body = ""] = socket.data.text.split("\r\n\r\n", 2);
+        if (body.length < Number(headers.get("content-length") ?? 0)) return;
+        socket.data.text = "";
         const request = { path: url.pathname, query: url.searchParams, headers };
         requests.push(request);
         const answer = respond(request, socket);
@@ -369,6 +379,20 @@ function talk(
   });
 }
 
+/** The memory of a process that is resident, or that was at most, in KiB. */
+function measureKib(pid: number, when: "now" | "most" = "now"): number {
+  const form = when === "now" ? /VmRSS:\s+(\d+)/ : /VmHWM:\s+(\d+)/;
+  return Number(form.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]);
+}
+
+/** Gives what `work` gives; fails where that took `limitMs` or more. */
+async function within<T>(limitMs: number, work: () => T | Promise<T>): Promise<T> {
+  const startMs = performance.now();
+  const result = await work();
+  expect(performance.now() - startMs).toBeLessThan(limitMs);
+  return result;
+}
+
 // ── Options ─────────────────────────────────────────────────────────────────────────────────────
 
 suite("options", () => {
@@ -388,6 +412,7 @@ suite("options", () => {
       passEntry: "OPENAI_API_KEY",
       onTrip: "",
       onReset: "",
+      gateway: "",
       drill: false,
       json: false,
     });
@@ -611,6 +636,7 @@ suite("globs", () => {
     ["a*c", "a\nc", true],
     ["*a*b", "xaxbxb", true],
     ["a*b*c", "abcb", false],
+    ["*a*a*a*a*a*a*a*a*b", "a".repeat(256), false],
     ["*-*-*-*-*-*x", "-".repeat(256), false],
     ["**", "", true],
     ["a**", "a", true],
@@ -658,6 +684,36 @@ test.each([
   ["x".repeat(5000), `${"x".repeat(300)}…`],
 ])("%j is redacted", (text, expected) => {
   expect(redact(text)).toBe(expected);
+});
+
+const digits = "1".repeat(2 ** 20);
+const blanks = " ".repeat(2 ** 20);
+const start_time = Date.parse("2026-11-22") / 1000;
+const rows = (results: unknown[]) => readPage(page([{ start_time, results }]), CostRowSchema);
+const hostile: [string, () => unknown][] = [
+  ["digits and a letter", () => AmountSchema.safeParse(`${digits}x`)],
+  ["digits, a point, digits and a letter", () => AmountSchema.safeParse(`${digits}.${digits}x`)],
+  ["zeros that are no exponent", () => AmountSchema.safeParse(`0.${"0".repeat(2 ** 20)}e-1`)],
+  ["an exponent", () => AmountSchema.safeParse(`1e${digits}x`)],
+  ["a sentence", () => redact(`sk-${blanks}x`)],
+  ["keys", () => redact("sk-".repeat(2 ** 19))],
+  ["Retry-After", () => parseRetryAfter(`${digits}${blanks}x`, 0)],
+  ["blanks around a command", () => findQuestion(`${blanks}STATUS${blanks}x`, { isLocal: () => true })],
+  ["blanks for a brace", () => beginsMcp(Buffer.from(`${blanks}x`))],
+  ["a message of MCP", () => readMcp(`{"jsonrpc":"2.0","id":"${digits}","method":"${blanks}"`)],
+  ["a cursor", () => readPage({ data: [], has_more: true, next_page: digits }, CostRowSchema)],
+  ["bad rows", () => rows(Array(500_000).fill(0))],
+  ["bad buckets", () => readPage(page(Array(500_000).fill(0)), CostRowSchema)],
+  ["bad days", () => readBilling({ total_usage: 0, daily_costs: Array(500_000).fill(0) }, "2026-11-22")],
+];
+test.each(hostile)("1 MiB of %s takes no long time to read", (_, read) => {
+  // The fastest of three: the machine may be busy.
+  const times = [1, 2, 3].map(() => {
+    const startMs = performance.now();
+    read();
+    return performance.now() - startMs;
+  });
+  expect(Math.min(...times)).toBeLessThan(250);
 });
 
 // ── The account's answers ───────────────────────────────────────────────────────────────────────
@@ -914,10 +970,7 @@ suite("the decision", () => {
 
 suite("the protocol", () => {
   /** For what is answered without looking at anything. */
-  const nothing: View = {
-    decide: () => expect.unreachable(),
-    describe: () => expect.unreachable(),
-  };
+  const nothing: Info = describeInfo({ now: 0, reading: UNSEEN, options: optionsOf(), startedMs: 0, gateway: null });
   const lines: [string, boolean, string][] = [
     ["STATUS", false, "STATUS"],
     ["status", true, "STATUS"],
@@ -1219,6 +1272,79 @@ suite("the truth", () => {
     }
   });
 
+  test("48 KiB of zstd do not become gigabytes of memory", async () => {
+    const bomb = Buffer.concat(Array<Buffer>(24).fill(Bun.zstdCompressSync(Buffer.alloc(2 ** 26, " "))));
+    expect(bomb.length).toBeLessThan(2 ** 16);
+    using account = startAccount((_, socket) => {
+      socket.write(`HTTP/1.1 200 X\r\nContent-Encoding: zstd\r\nContent-Length: ${bomb.length}\r\n\r\n`);
+      socket.write(bomb);
+      return null;
+    });
+    await using breaker = await spawnBreaker(["--base-url", account.base], withKey);
+    const { error } = await breaker.info();
+    expect(error).toContain("the answer is compressed");
+    expect(measureKib(breaker.pid, "most")).toBeLessThan(128 * 1024);
+  });
+
+  const slow: [string, string, string][] = [
+    ["60,000 digits and a letter for an amount", "costs", http(page([bucket(0, `${"1".repeat(60_000)}x`)]))],
+    ["60,000 digits and a letter for a total", "billing", http({ total_usage: `${"1".repeat(60_000)}x` })],
+    ["1 MiB of bad rows", "costs", http(page([{ ...bucket(0), results: Array(340_000).fill({}) }]))],
+    ["1 MiB of bad buckets", "costs", http(page(Array(340_000).fill({})))],
+    ["1 MiB of buckets of a bad row each", "costs", http(page(Array(8000).fill({ ...bucket(0), results: [{}] })))],
+    ["1 MiB of bad items", "billing", http({ total_usage: 0, daily_costs: Array(340_000).fill({}) })],
+  ];
+  test.each(slow)("%s freezes nothing", async (_, source, answer) => {
+    using account = startAccount(always(answer));
+    const argv = ["check", "--base-url", account.base, "--source", source, "--json"];
+    const { code, out } = await within(1000, () => run(argv));
+    expect(code).toBe(69);
+    expect(JSON.parse(out).error).not.toContain("1 MiB"); // It was read.
+  });
+
+  test("tokens of a bucket that begins within yesterday make the look fail", async () => {
+    const results = [{ input_tokens: 9e9, output_tokens: 9e9, model: "o3" }];
+    const tokens = http(page([{ start_time: Date.parse(yesterday()) / 1000 + 16 * 3600, results }]));
+    using account = startAccount(({ path }) => (path === COSTS ? FREE : tokens));
+    const argv = ["check", "--base-url", account.base, "--source", "costs", "--allowance", "*=1M"];
+    const { code, out } = await run(argv);
+    expect([code, out]).toEqual([69, expect.stringContaining("Cannot read the token usage")]);
+  });
+
+  test("pages without end are followed 20 times", async () => {
+    using account = startAccount(({ query }) => http(page([], String(Number(query.get("page") ?? 0) + 1))));
+    const { code, out } = await run(["check", "--base-url", account.base, "--source", "costs"]);
+    expect([code, out]).toEqual([69, expect.stringContaining("more than 20 pages")]);
+    expect(account.requests).toHaveLength(20);
+  });
+
+  needs("openssl")("TLS is verified, whatever the environment says (openssl)", async () => {
+    const folder = makeFolder();
+    const [key, cert] = [join(folder, "key"), join(folder, "cert")];
+    const subject = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1";
+    const made = await sh(`openssl req -x509 -newkey rsa:2048 -nodes -days 1 ${subject} -keyout ${key} -out ${cert}`);
+    expect(made).toMatchObject({ code: 0 });
+    const keys: (string | null)[] = [];
+    using server = Bun.serve({
+      hostname: "127.0.0.1",
+      port: 0,
+      tls: { key: Bun.file(key), cert: Bun.file(cert) },
+      fetch({ headers }) {
+        keys.push(headers.get("authorization"));
+        return Response.json(page([bucket(0, 0)]));
+      },
+    });
+    const check = (env: Record<string, string>) => {
+      const argv = ["check", "--base-url", `https://127.0.0.1:${server.port}/v1`, "--source", "costs"];
+      return spawnCommand(argv, { env: { ...withKey.env, ...env } });
+    };
+    const { code, out } = await check({ NODE_TLS_REJECT_UNAUTHORIZED: "0" });
+    expect([code, out, keys]).toEqual([69, expect.stringMatching(/certificate|self.signed/i), []]);
+    // A root that the machine's owner has added is trusted, as a company's proxy needs.
+    expect(await check({ NODE_EXTRA_CA_CERTS: cert })).toMatchObject({ code: 0 });
+    expect(keys).toEqual([`Bearer ${KEY}`]);
+  });
+
   test("the key does not follow a redirect", async () => {
     using target = startAccount(always(FREE));
     using account = startAccount(always(http("", { status: 307, headers: { Location: target.base } })));
@@ -1258,7 +1384,7 @@ suite("the truth", () => {
       "https://notopenai.com",
       "https://openai.com.example",
     ];
-    const moment = { now: 0, reading: UNSEEN, startedMs: 0 };
+    const moment = { now: 0, reading: UNSEEN, startedMs: 0, gateway: null };
     expect(sources.map((url) => describeInfo({ ...moment, options: optionsOf("--base-url", url) }).source)).toEqual([
       "costs",
       "costs",
@@ -1295,7 +1421,7 @@ suite("the truth", () => {
     const argv = ["check", "--base-url", account.base, "--source", "costs", "--allowance", "*=1M"];
     const { out } = await run(argv);
     expect(out).toStartWith(
-      `${yesterday()}  0 usd\n${today()}  0.01 usd\n*           120 of 1000000 tokens\nopen: 0.01 usd on ${today()} (UTC)\n`,
+      `${yesterday()}  0 usd\n${today()}  0.01 usd\n*           [....................] 120 of 1000000 tokens\nopen: 0.01 usd on ${today()} (UTC)\n`,
     );
     const info: Info = JSON.parse((await run([...argv, "--json"])).out);
     expect(info).toMatchObject({
@@ -1307,6 +1433,32 @@ suite("the truth", () => {
       version: VERSION,
     });
     expect(formatCheck(info, { now: Date.now(), isColoured: true })).toContain("\x1b[1;31mopen\x1b[0m");
+  });
+});
+
+suite("by the name localhost", () => {
+  const loopbacks = Object.values(networkInterfaces()).flat();
+  const isThere = loopbacks.some((one) => one?.address === "::1");
+
+  test.skipIf(!isThere)("a listener on ::1 gets no key, and its answer does not count (IPv6)", async () => {
+    const heard: string[] = [];
+    using squatter = Bun.listen({
+      hostname: "::1",
+      port: 0,
+      socket: {
+        data(socket, chunk) {
+          heard.push(String(chunk));
+          socket.end(heard.length > 1 ? "FALSE\n" : FREE);
+        },
+      },
+    });
+    const base = `http://localhost:${squatter.port}/v1`;
+    const { code, out } = await run(["check", "--base-url", base, "--source", "costs"]);
+    expect([code, out]).toEqual([69, expect.stringContaining("check the network")]);
+    const at = ["--host", "localhost", "--port", String(squatter.port)];
+    expect(await run(["status", ...at])).toMatchObject({ code: 69, out: "" });
+    expect(await run(["exec", ...at, "--", "true"])).toMatchObject({ code: 69 });
+    expect(heard).toEqual([]);
   });
 });
 
@@ -1419,6 +1571,31 @@ suite("the watch", () => {
     expect(account.requests.length).toBe(2);
   });
 
+  test("a clock that is set back voids the last good look, until there is another", async () => {
+    let [offsetMs, answer]: [number, string | null] = [0, FREE];
+    using account = startAccount(() => answer);
+    const argv = ["--base-url", account.base, "--source", "costs", "--timeout", "300ms"];
+    await using breaker = await serve(argv, { now: () => Date.now() + offsetMs });
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    [offsetMs, answer] = [-11_000, null];
+    expect(await breaker.ask("STATUS")).toBe("TRUE");
+    expect(await breaker.info()).toMatchObject({ reason: "unknown", asOf: null });
+    [offsetMs, answer] = [-22_000, FREE];
+    await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+  });
+
+  test("who asks while others wait for a look waits only for the rest of it", async () => {
+    using account = startAccount(always(null));
+    const argv = ["--base-url", account.base, "--source", "costs", "--timeout", "600ms"];
+    await using breaker = await serve(argv, { env: { OPENAI_ADMIN_KEY: "", ...makePass("sleep 60") } });
+    const first = breaker.ask("STATUS");
+    await Bun.sleep(300); // half of the wait
+    const second = breaker.ask("STATUS");
+    expect(await first).toBe("TRUE");
+    expect(await within(200, () => second)).toBe("TRUE");
+    expect(await within(200, () => breaker.ask("STATUS"))).toBe("TRUE"); // The look is still under way.
+  });
+
   test("FALSE when unknown is said only where the user wants it", async () => {
     using account = startAccount(always(http("", { status: 500 })));
     await using breaker = await serve(["--base-url", account.base, "--source", "costs", "--when-unknown", "false"]);
@@ -1449,6 +1626,21 @@ suite("the watch", () => {
 });
 
 // ── The server ──────────────────────────────────────────────────────────────────────────────────
+
+/** An address of this machine that is not loopback, where it has one. */
+const second = Object.values(networkInterfaces())
+  .flat()
+  .find((one) => one?.family === "IPv4" && !one.internal)?.address;
+const TEST_ADDRESS = "198.51.100.7";
+/** Runs a program in a network of its own that has one, where that is allowed. */
+const ALONE = findLoneNetwork();
+
+function findLoneNetwork(): string[] | null {
+  const script = `ip link set lo up && ip addr add ${TEST_ADDRESS}/32 dev lo && exec "$0" "$@"`;
+  const argv = ["unshare", "-r", "-n", "sh", "-c", script];
+  const isHere = ["unshare", "nsenter", "ip"].every((program) => Bun.which(program) !== null);
+  return isHere && Bun.spawnSync([...argv, "true"]).success ? argv : null;
+}
 
 suite("the server", () => {
   let account = startAccount(always(FREE));
@@ -1538,25 +1730,66 @@ suite("the server", () => {
     expect(err).toContain(`Cannot listen at 127.0.0.1:${breaker.port}`);
   });
 
-  test("INFO and MCP are for this machine, STATUS is for everybody", async () => {
-    const address = Object.values((await import("node:os")).networkInterfaces())
-      .flat()
-      .find((one) => one && one.family === "IPv4" && !one.internal)?.address;
-    await using breaker = await serve(["--host", "0.0.0.0", ...free()]);
-    const from = (localAddress: string, host: string, question: string) =>
-      new Promise<string>((resolve, reject) => {
-        const socket = connect({ port: breaker.port, host, localAddress });
-        let text = "";
-        socket
-          .on("data", (chunk) => (text += chunk))
-          .on("end", () => resolve(text))
-          .on("error", reject);
-        socket.end(question);
-      });
-    expect(await from("127.0.0.1", "127.0.0.2", "INFO\n")).toStartWith("{");
-    if (!address) return; // A machine without a network has nobody else to refuse.
-    expect(await from(address, address, "INFO\n")).toStartWith("{");
-    expect(await from(address, "127.0.0.1", "INFO\n").catch(() => "ERR Not Allowed\n")).toBe("ERR Not Allowed\n");
+  const isElsewhere = second !== undefined || ALONE !== null;
+  test.skipIf(!isElsewhere)(
+    "INFO and MCP are for this machine, STATUS is for everybody (a second address, or unshare and ip)",
+    async () => {
+      const wrap = second === undefined ? (ALONE ?? []) : [];
+      await using breaker = await spawnBreaker(["--drill", "--host", "0.0.0.0"], { wrap });
+      const inside = ["nsenter", "--preserve-credentials", "-U", "-n", "-t", String(breaker.pid)];
+      const address = second ?? TEST_ADDRESS;
+      /** What a client with the address `from` is told at the address `to`. */
+      const askFrom = async (from: string, to: string, question: string) => {
+        const client = `require("node:net")
+          .connect({ port: ${breaker.port}, localAddress: "${from}", host: "${to}" })
+          .on("data", (chunk) => process.stdout.write(chunk))
+          .end('${question}\\n')`;
+        const argv = [...(wrap.length > 0 ? inside : []), process.execPath, "-e", client];
+        const child = leash(Bun.spawn(argv, { stdin: "ignore", stdout: "pipe", stderr: "inherit" }));
+        const text = await new Response(child.stdout).text();
+        expect(await child.exited).toBe(0);
+        return text;
+      };
+      const call = '{"jsonrpc":"2.0","id":1,"method":"ping"}';
+      const answers = await Promise.all([
+        askFrom("127.0.0.1", "127.0.0.2", "INFO"),
+        askFrom(address, address, "INFO"),
+        askFrom(address, address, call),
+        askFrom(address, "127.0.0.1", "INFO"),
+        askFrom(address, "127.0.0.1", call),
+        askFrom(address, "127.0.0.1", "STATUS"),
+        askFrom(address, "127.0.0.1", "HELP"),
+      ]);
+      const refused = "ERR Not Allowed\n";
+      const info = expect.stringContaining('"startedAt"');
+      const help = expect.stringContaining("STATUS");
+      const pong = '{"jsonrpc":"2.0","id":1,"result":{}}\n';
+      const said = expect.stringMatching(/^(TRUE|FALSE)\n$/);
+      expect(answers).toEqual([info, info, pong, refused, refused, said, help]);
+    },
+    15_000,
+  );
+
+  test("MCP takes at most half of the 1,024 connections", async () => {
+    await using breaker = await spawnBreaker(free(), withKey);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    const answers = await Promise.all(
+      Array.from({ length: 1024 }, async () => {
+        const answered = Promise.withResolvers<string>();
+        const socket = connect({ port: breaker.port, host: "127.0.0.1" });
+        socket.on("data", (chunk) => answered.resolve(String(chunk))).on("error", answered.reject);
+        socket.write(`${request(1, "ping")}\n`);
+        return { socket, answer: await answered.promise };
+      }),
+    );
+    const [busy, served] = ["ERR Busy\n", '{"jsonrpc":"2.0","id":1,"result":{}}\n'];
+    const count = (text: string) => answers.filter(({ answer }) => answer === text).length;
+    expect([count(served), count(busy)]).toEqual([512, 512]);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    expect(await breaker.info()).toMatchObject({ open: false });
+    expect(await breaker.ask(request(1, "ping"))).toBe("ERR Busy");
+    for (const { socket } of answers) socket.destroy();
+    await until(async () => (await talk(breaker.port, [request(1, "ping")])) === served);
   });
 });
 
@@ -1795,9 +2028,10 @@ async function findFreePort(): Promise<string> {
   return String(listener.port);
 }
 
-/** Something that listens and says `text` to whatever it is asked. */
-function startLiar(text: string) {
-  const socket = { data: (peer: Bun.Socket) => void peer.end(text) };
+/** Something that listens and says the same to whatever it is asked, or what `reply` makes of it. */
+function startLiar(reply: string | ((question: string) => string)) {
+  const answer = (question: string) => (typeof reply === "string" ? reply : reply(question));
+  const socket = { data: (peer: Bun.Socket, chunk: Buffer) => void peer.end(answer(String(chunk))) };
   const listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket });
   return { port: String(listener.port), [Symbol.dispose]: () => listener.stop(true) };
 }
@@ -1864,6 +2098,18 @@ suite("commands", () => {
     bystander.kill();
   });
 
+  test("stop at one port does not end the breaker of another", async () => {
+    using account = startAccount(always(FREE));
+    const port = await findFreePort();
+    const argv = ["--base-url", account.base, "--source", "costs", "--port", port];
+    await using breaker = await spawnBreaker(argv, withKey);
+    using liar = startLiar(`${JSON.stringify(await breaker.info())}\n`);
+    const { code, err } = await run(["stop", "--port", liar.port]);
+    expect([code, err]).toEqual([69, expect.stringContaining(`Process ${breaker.pid} is no breaker that runs here`)]);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    expect((await run(["stop", "--port", port])).code).toBe(0);
+  });
+
   test("stop within this process waits until the breaker is gone", async () => {
     using account = startAccount(always(FREE));
     await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
@@ -1888,6 +2134,15 @@ suite("commands", () => {
     expect(await breaker.ask("HELP")).toStartWith("STATUS"); // asked later, so the first one has arrived
     breaker.child.kill("SIGTERM");
     expect(await answer).toBe("TRUE");
+  });
+
+  test("the log keeps its order, and loses nothing", async () => {
+    using account = startAccount(always(CENT));
+    const argv = ["--base-url", account.base, "--source", "costs", "--on-trip", "seq 500; exit 3"];
+    await using breaker = await spawnBreaker(argv, withKey);
+    await until(() => breaker.log().includes("ended with exit code 3"));
+    const numbers = breaker.log().matchAll(/--on-trip: (\d+)\n/g);
+    expect(Array.from(numbers, ([, number]) => Number(number))).toEqual(Array.from({ length: 500 }, (_, at) => at + 1));
   });
 
   test("a log on a full disk stops nothing", async () => {
@@ -1987,19 +2242,21 @@ suite("the drill and the clock", () => {
     expect([code, out]).toEqual([1, expect.stringContaining("open: 120 of 120 tokens of drill used")]);
   });
 
-  test("the lone file runs in an empty folder, without a network, 40 days on", async () => {
-    const cwd = makeFolder();
-    const script = join(cwd, "breaker.ts");
-    cpSync(SCRIPT, script);
-    // The first run may fetch zod; after it, a proxy that nobody serves stands for a network that is gone.
-    expect(await spawnCommand(["check", "--drill"], { script, cwd })).toMatchObject({ code: 0 });
-    const offline = { HTTP_PROXY: "http://127.0.0.1:1", HTTPS_PROXY: "http://127.0.0.1:1" };
-    expect(await spawnCommand(["check", "--drill"], { script, cwd, env: offline })).toMatchObject({ code: 0 });
-    if (!FAKETIME) return; // CI has it.
-    const later = { LD_PRELOAD: FAKETIME, FAKETIME: "+40d", ...offline };
-    const { code, out } = await spawnCommand(["check", "--drill"], { script, cwd, env: later });
-    expect([code, out]).toEqual([0, expect.stringContaining(formatDay(Date.now() + 40 * DAY))]);
-  });
+  test.skipIf(!FAKETIME)(
+    "the lone file runs in an empty folder, without a network, 40 days on (faketime)",
+    async () => {
+      const cwd = makeFolder();
+      const script = join(cwd, "breaker.ts");
+      cpSync(SCRIPT, script);
+      // The first run may fetch zod; after it, a proxy that nobody serves stands for a network that is gone.
+      expect(await spawnCommand(["check", "--drill"], { script, cwd })).toMatchObject({ code: 0 });
+      const offline = { HTTP_PROXY: "http://127.0.0.1:1", HTTPS_PROXY: "http://127.0.0.1:1" };
+      expect(await spawnCommand(["check", "--drill"], { script, cwd, env: offline })).toMatchObject({ code: 0 });
+      const later = { LD_PRELOAD: String(FAKETIME), FAKETIME: "+40d", ...offline };
+      const { code, out } = await spawnCommand(["check", "--drill"], { script, cwd, env: later });
+      expect([code, out]).toEqual([0, expect.stringContaining(formatDay(Date.now() + 40 * DAY))]);
+    },
+  );
 
   test.skipIf(!FAKETIME)(
     "at midnight UTC a cost of the day before yesterday is gone, one of yesterday stays (faketime)",
@@ -2060,6 +2317,53 @@ suite("hooks", () => {
     await until(async () => (await breaker.ask("STATUS")) === "FALSE");
     await until(() => existsSync(file) && readFileSync(file, "utf8").includes("end FALSE"));
     expect(readFileSync(file, "utf8")).toBe("begin TRUE\nend TRUE\nbegin FALSE\nend FALSE\n");
+  });
+
+  test("of the changes that come while one runs, only the newest waits", async () => {
+    let answer = CENT;
+    using account = startAccount(() => answer);
+    const folder = makeFolder();
+    const [file, go] = [join(folder, "log"), join(folder, "go")];
+    const hold = `echo $BREAKER_OPEN >> ${file}; while [ ! -e ${go} ]; do sleep 0.02; done`;
+    const argv = ["--base-url", account.base, ...quick, "--on-trip", hold, "--on-reset", `echo FALSE >> ${file}`];
+    await using breaker = await serve(argv);
+    const turn = async (to: string, text: string) => {
+      answer = to;
+      await until(async () => (await breaker.ask("STATUS")) === text);
+    };
+    await until(() => existsSync(file));
+    for (let i = 0; i < 3; i++) {
+      await turn(FREE, "FALSE");
+      if (i < 2) await turn(CENT, "TRUE");
+    }
+    writeFileSync(go, "");
+    await until(() => readFileSync(file, "utf8").includes("FALSE"));
+    await turn(CENT, "TRUE");
+    await until(() => readFileSync(file, "utf8").endsWith("FALSE\nTRUE\n"));
+    expect(readFileSync(file, "utf8")).toBe("TRUE\nFALSE\nTRUE\n");
+  });
+
+  test("one that waits does not start after SIGTERM", async () => {
+    let answer = CENT;
+    using account = startAccount(() => answer);
+    const file = join(makeFolder(), "log");
+    const argv = ["--base-url", account.base, ...quick, "--on-trip", `echo trip >> ${file}; sleep 60`];
+    await using breaker = await spawnBreaker([...argv, "--on-reset", `echo reset >> ${file}`], withKey);
+    await until(() => existsSync(file));
+    answer = FREE;
+    await until(() => breaker.log().includes("FALSE, no cost")); // That is logged as the hook is queued.
+    // A client that does not close after its answer keeps the breaker for a second.
+    const slow = connect({ port: breaker.port, host: "127.0.0.1", allowHalfOpen: true });
+    const answered = new Promise((resolve) => slow.on("data", resolve).on("error", () => {}));
+    slow.write("STATUS\n");
+    await answered;
+    breaker.child.kill("SIGTERM");
+    expect(await breaker.child.exited).toBe(0);
+    slow.destroy();
+    expect(readFileSync(file, "utf8")).toBe("trip\n");
+    // One that starts and is killed before it does anything would be logged.
+    await until(() => breaker.log().includes("--on-trip: killed"));
+    expect(breaker.log()).not.toContain("--on-reset");
   });
 
   test("one that fails is logged and changes nothing", async () => {
@@ -2124,8 +2428,9 @@ function spawnExec(argv: string[], env: Record<string, string> = {}) {
   );
 }
 
+// These run at the same time, each with processes of its own.
 suite("exec", () => {
-  test("ends with the exit code of its command", async () => {
+  test.concurrent("ends with the exit code of its command", async () => {
     await using guarded = await startGuarded(FREE);
     const cases: [string[], number][] = [
       [["sh", "-c", "exit 7"], 7],
@@ -2137,7 +2442,7 @@ suite("exec", () => {
     for (const [argv, code] of cases) expect((await run(["exec", ...guarded.at, "--", ...argv])).code).toBe(code);
   });
 
-  test("refuses with the reason when the breaker is open, and without a breaker", async () => {
+  test.concurrent("refuses with the reason when the breaker is open, and without a breaker", async () => {
     await using guarded = await startGuarded(CENT);
     const file = join(makeFolder(), "ran");
     const refused = await run(["exec", ...guarded.at, "--", "touch", file]);
@@ -2146,7 +2451,7 @@ suite("exec", () => {
     expect(existsSync(file)).toBe(false);
   });
 
-  test("stops its command when the breaker opens", async () => {
+  test.concurrent("stops its command when the breaker opens", async () => {
     await using guarded = await startGuarded(FREE);
     const file = join(makeFolder(), "started");
     const running = run(["exec", ...guarded.at, "--", "sh", "-c", `touch ${file}; sleep 60 & wait`]);
@@ -2156,7 +2461,20 @@ suite("exec", () => {
     expect([code, err]).toEqual([75, expect.stringContaining("stopping sh: 0.01 usd")]);
   });
 
-  test("within exec ends what both have started", async () => {
+  test.concurrent("keeps what an impostor says off the terminal", async () => {
+    const reason = "\x1b]0;pwned\x07\x1b[2J\u202eall is well";
+    const reading = { ...UNSEEN, asOfMs: 0 };
+    const info = {
+      ...describeInfo({ now: 0, reading, options: optionsOf(), startedMs: 0, gateway: null }),
+      message: reason,
+    };
+    using impostor = startLiar((line) => (line === "INFO\n" ? `${JSON.stringify(info)}\n` : "TRUE\n"));
+    const { code, err } = await spawnCommand(["exec", "--port", impostor.port, "--", "true"]);
+    expect([code, err]).toEqual([75, expect.stringContaining("all is well")]);
+    expect(err).not.toMatch(/[^\P{C}\n]/u);
+  });
+
+  test.concurrent("within exec ends what both have started", async () => {
     await using guarded = await startGuarded(FREE);
     const file = join(makeFolder(), "pid");
     const command = `setsid sh -c 'echo $$ > ${file}; exec sleep 50' > /dev/null 2>&1 & wait`;
@@ -2168,7 +2486,7 @@ suite("exec", () => {
     await until(() => !isRunning(pid));
   });
 
-  test("hides the key from its command", async () => {
+  test.concurrent("hides the key from its command", async () => {
     await using guarded = await startGuarded(FREE);
     const child = spawnExec([...guarded.at, "--", "env"], { OPENAI_ADMIN_KEY: KEY, COPY: KEY, KEPT: "yes" });
     const out = await new Response(child.stdout).text();
@@ -2179,22 +2497,25 @@ suite("exec", () => {
     ]);
   });
 
-  test.each(["SIGINT", "SIGTERM", "SIGHUP"] as const)("passes %s on and ends after its command", async (signal) => {
-    await using guarded = await startGuarded(FREE);
-    const name = signal.slice(3);
-    const child = spawnExec([
-      ...guarded.at,
-      "--",
-      "bash",
-      "-c",
-      `trap 'sleep 0.3; echo got ${name}; exit 9' ${name}; echo ready; while :; do sleep 0.05; done`,
-    ]);
-    const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
-    expect((await reader.read()).value).toBe("ready\n");
-    child.kill(signal);
-    expect((await reader.read()).value).toBe(`got ${name}\n`);
-    expect(await child.exited).toBe(9);
-  });
+  test.concurrent.each(["SIGINT", "SIGTERM", "SIGHUP"] as const)(
+    "passes %s on and ends after its command",
+    async (signal) => {
+      await using guarded = await startGuarded(FREE);
+      const name = signal.slice(3);
+      const child = spawnExec([
+        ...guarded.at,
+        "--",
+        "bash",
+        "-c",
+        `trap 'sleep 0.3; echo got ${name}; exit 9' ${name}; echo ready; while :; do sleep 0.05; done`,
+      ]);
+      const reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
+      expect((await reader.read()).value).toBe("ready\n");
+      child.kill(signal);
+      expect((await reader.read()).value).toBe(`got ${name}\n`);
+      expect(await child.exited).toBe(9);
+    },
+  );
 
   needs("script")(
     "leaves the terminal to its command, which gets one SIGINT of it (script)",
@@ -2434,8 +2755,14 @@ suite("MCP", () => {
     ["an answer", '{"jsonrpc":"2.0","id":1,"result":{}}', null],
   ];
   test.each(messages)("%s", (_, message, expected) => {
-    const info = describeInfo({ now: 0, reading: { ...UNSEEN, asOfMs: 0 }, options: optionsOf(), startedMs: 0 });
-    const text = readMcp(message).reply({ decide: () => info, describe: () => info });
+    const info = describeInfo({
+      now: 0,
+      reading: { ...UNSEEN, asOfMs: 0 },
+      options: optionsOf(),
+      startedMs: 0,
+      gateway: null,
+    });
+    const text = readMcp(message).reply(info);
     if (expected === null) expect(text).toBeNull();
     else expect(JSON.parse(text ?? "null")).toMatchObject(expected);
   });
@@ -2569,6 +2896,713 @@ suite("MCP", () => {
   });
 });
 
+// ── The gateway ─────────────────────────────────────────────────────────────────────────────────
+// Programs reach a simulated OpenAI through it, by real HTTP.
+
+interface Call {
+  method: string;
+  url: string;
+  headers: IncomingHttpHeaders;
+  body: string;
+  /** When the client was gone before the answer had ended, ms on the monotonic clock. */
+  goneMs: number | null;
+}
+
+type Reply = (call: Call, response: ServerResponse) => void;
+
+/** A simulated OpenAI: `reply` answers what is no look of the breaker; `look` gives the body of those. */
+async function startOpenAi(reply: Reply, look: (path: string) => unknown = () => page([])) {
+  const calls: Call[] = [];
+  const server = createServer((request, response) => {
+    const chunks: Buffer[] = [];
+    const { method = "", url = "", headers } = request;
+    if (url.startsWith("/v1/organization/")) return void response.end(JSON.stringify(look(url)));
+    const call: Call = { method, url, headers, body: "", goneMs: null };
+    calls.push(call);
+    response.on("close", () => {
+      if (!response.writableEnded) call.goneMs = performance.now();
+    });
+    request.on("error", () => {});
+    request.on("data", (chunk: Buffer) => chunks.push(chunk));
+    request.on("end", () => {
+      call.body = Buffer.concat(chunks).toString("latin1");
+      reply(call, response);
+    });
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const address = server.address();
+  const port = typeof address === "object" ? address?.port : 0;
+  return {
+    calls,
+    base: `http://127.0.0.1:${port}/v1`,
+    [Symbol.dispose]() {
+      server.closeAllConnections();
+      server.close();
+    },
+  };
+}
+
+const json =
+  (body: unknown, status = 200): Reply =>
+  (_, response) =>
+    response.writeHead(status, { "content-type": "application/json" }).end(JSON.stringify(body));
+
+/** Answers with events, whose bytes go out in pieces of `size`. */
+const events =
+  (list: (object | string)[], { size = Infinity, newline = "\n" } = {}): Reply =>
+  async (_, response) => {
+    response.writeHead(200, { "content-type": "text/event-stream; charset=utf-8" });
+    const bytes = Buffer.from(formatEvents(list, newline));
+    for (let at = 0; at < bytes.length; at += size) {
+      response.write(bytes.subarray(at, Math.min(at + size, bytes.length)));
+      if (size < bytes.length) await new Promise(setImmediate);
+    }
+    response.end();
+  };
+
+function formatEvents(list: (object | string)[], newline = "\n"): string {
+  const data = list.map((event) => (typeof event === "string" ? event : JSON.stringify(event)));
+  return data.map((text) => `data: ${text}${newline}${newline}`).join("");
+}
+
+const MODEL = "gpt-4o-mini-2024-07-18";
+let lastId = 0;
+const nextId = () => `id-${++lastId}`;
+const seconds = () => Math.floor(Date.now() / 1000);
+const promptUsage = { prompt_tokens: 90, completion_tokens: 30, total_tokens: 120 };
+const inputUsage = { input_tokens: 90, output_tokens: 30, total_tokens: 120 };
+const chat = (more: object = {}) => ({
+  id: nextId(),
+  object: "chat.completion",
+  created: seconds(),
+  model: MODEL,
+  choices: [{ index: 0, message: { role: "assistant", content: 'the "usage" of é😀' }, finish_reason: "stop" }],
+  usage: promptUsage,
+  ...more,
+});
+const response = (more: object = {}) => ({
+  id: nextId(),
+  object: "response",
+  created_at: seconds(),
+  model: MODEL,
+  status: "completed",
+  output: [],
+  usage: inputUsage,
+  ...more,
+});
+/** A chat stream, with or without the event that tells the usage. */
+function chunks({ isAsked }: { isAsked: boolean }) {
+  const { usage, ...about } = chat({ object: "chat.completion.chunk" });
+  const none = isAsked ? { usage: null } : {};
+  const deltas = ["Hel", "lo é😀", ""].map((content) => ({
+    ...about,
+    choices: [{ index: 0, delta: { content } }],
+    ...none,
+  }));
+  return [...deltas, ...(isAsked ? [{ ...about, choices: [], usage }] : []), "[DONE]"];
+}
+
+/** A breaker with a gateway, in front of `openai`. */
+async function serveGateway(openai: { base: string }, argv: string[] = ["--allowance", "*=1M"]) {
+  const breaker = await serve(["--base-url", openai.base, "--source", "costs", "--gateway", "0", ...argv]);
+  const { gateway } = await breaker.info();
+  if (!gateway) throw new Error("no gateway");
+  return {
+    ...breaker,
+    gateway,
+    post: (path: string, body: unknown, init: BunFetchRequestInit = {}) =>
+      fetch(`${gateway}${path}`, {
+        method: "POST",
+        body: typeof body === "string" ? body : JSON.stringify(body),
+        headers: { "content-type": "application/json", authorization: "Bearer sk-client" },
+        ...init,
+      }),
+    used: async () => (await breaker.info()).allowances[0]?.used,
+  };
+}
+
+/** All bytes that come back for a raw request. */
+function talkHttp(url: string, head: string[], body: string | Buffer = ""): Promise<string> {
+  const { port, hostname } = new URL(url);
+  return new Promise((resolve, reject) => {
+    const socket = connect({ port: Number(port), host: hostname });
+    let text = "";
+    socket.setTimeout(10_000, () => reject(new Error(`nothing more after ${text}`)));
+    socket.on("data", (chunk) => (text += chunk.toString("latin1")));
+    socket.on("close", () => resolve(text));
+    socket.on("error", reject);
+    socket.write(`${head.join("\r\n")}\r\n\r\n`);
+    socket.write(body);
+  });
+}
+
+suite("passing on", () => {
+  const stream = `: a comment\ndata: {"a":1}\n\ndata: two\r\ndata: lines\r\n\r\nevent: x\ndata: 3\n\n`;
+  test("a stream is cut into the same events wherever its bytes are cut", () => {
+    const [whole, rest] = cutEvents(`${stream}data: [DO`);
+    expect(whole).toEqual([
+      `: a comment\ndata: {"a":1}\n\n`,
+      "data: two\r\ndata: lines\r\n\r\n",
+      "event: x\ndata: 3\n\n",
+    ]);
+    expect(rest).toBe("data: [DO");
+    for (let at = 0; at <= stream.length; at++) {
+      const [first, left] = cutEvents(stream.slice(0, at));
+      const [second, last] = cutEvents(left + stream.slice(at));
+      expect([...first, ...second, last]).toEqual([...whole, ""]);
+    }
+  });
+
+  const parsed: [string, boolean, unknown][] = [
+    [`data: {"a":1}\n\n`, true, { a: 1 }],
+    [`data:{"a":1}\r\n\r\n`, true, { a: 1 }],
+    [`: hello\nevent: x\nid: 7\ndata: {"a":\ndata: 1}\n\n`, true, { a: 1 }],
+    [`data: {"a":1}`, true, { a: 1 }],
+    ["data: [DONE]\n\n", true, undefined],
+    [": only a comment\n\n", true, undefined],
+    ["", true, undefined],
+    [`{\n"a":\n\n1}`, false, { a: 1 }],
+    [Buffer.from('{"a":"é😀"}').toString("latin1"), false, { a: "é😀" }],
+    ["{", false, undefined],
+  ];
+  test.each(parsed)("of %j (an event: %p) the JSON is %j", (text, isEvent, expected) => {
+    expect(readJson(text, { isEvent })).toEqual(expected);
+  });
+
+  const wishes: [string, string | null][] = [
+    ['{"stream":true}', '{"stream_options":{"include_usage":true},"stream":true}'],
+    [' {\n "stream": true, "n": 1.0}', ' {"stream_options":{"include_usage":true},\n "stream": true, "n": 1.0}'],
+    ['{"stream":true,"stream_options":null}', '{"stream":true,"stream_options":{"include_usage":true}}'],
+    ['{"stream":true,"stream_options":{}}', '{"stream":true,"stream_options":{"include_usage":true}}'],
+    [
+      '{"stream_options" : { "include_usage": false, "x": 1 },"stream":true,"seed":12345678901234567890}',
+      '{"stream_options":{"include_usage":true,"x":1},"stream":true,"seed":12345678901234567890}',
+    ],
+    ['{"stream":true,"stream_options":{"include_usage":true}}', null],
+    ['{"stream":false}', null],
+    ['{"stream":"true"}', null],
+    ["{}", null],
+    ["", null],
+    ["[]", null],
+    ['{"stream":true', null],
+    // Nothing is touched where the wish would land in another object.
+    ['{"a":{"stream_options":{}},"stream":true,"stream_options":{"y":{}}}', null],
+    [
+      '{"messages":[{"content":"\\"stream\\":true $& $1"}],"stream":true}',
+      '{"stream_options":{"include_usage":true},"messages":[{"content":"\\"stream\\":true $& $1"}],"stream":true}',
+    ],
+  ];
+  test.each(wishes)("%j asks for its usage as %j", (body, expected) => {
+    expect(askForUsage(body)).toBe(expected);
+  });
+
+  const spendings: [string, unknown, [number | null, string] | null][] = [
+    ["a chat", chat(), [120, MODEL]],
+    ["the last event of a chat stream", chat({ object: "chat.completion.chunk", choices: [] }), [120, MODEL]],
+    ["another event of it", chat({ usage: null }), [null, MODEL]],
+    ["an event without usage", chat({ usage: undefined }), [null, MODEL]],
+    ["a legacy completion", chat({ object: "text_completion" }), [120, MODEL]],
+    ["a response", response(), [120, MODEL]],
+    ["the event response.completed", { type: "response.completed", response: response() }, [120, MODEL]],
+    ["the event response.incomplete", { type: "response.incomplete", response: response() }, [120, MODEL]],
+    ["the event response.created", { type: "response.created", response: response({ usage: null }) }, [null, MODEL]],
+    ["a queued response", response({ status: "queued", usage: null }), [null, MODEL]],
+    [
+      "an assistant's run",
+      { id: "run", object: "thread.run", created_at: 1.7e9, model: "m", usage: promptUsage },
+      [120, "m"],
+    ],
+    [
+      "usage with details",
+      chat({ usage: { ...promptUsage, prompt_tokens_details: { cached_tokens: 80 } } }),
+      [120, MODEL],
+    ],
+    ["embeddings", { object: "list", model: "m", data: [], usage: { prompt_tokens: 8, total_tokens: 8 } }, null],
+    ["images", { created: 1.7e9, data: [], usage: inputUsage }, null],
+    ["a transcription", { text: "x", usage: { type: "tokens", ...inputUsage } }, null],
+    ["a model", { id: "gpt-4o", object: "model", owned_by: "openai" }, null],
+    ["tokens below 0", chat({ usage: { prompt_tokens: -1, completion_tokens: 3 } }), [null, MODEL]],
+    ["tokens as text", chat({ usage: { prompt_tokens: "1", completion_tokens: 3 } }), [null, MODEL]],
+    ["an error", { error: { message: "x" } }, null],
+    ["a list", [chat()], null],
+    ["nothing", undefined, null],
+  ];
+  test.each(spendings)("what %s tells of its tokens", (_, body, expected) => {
+    const told = AnswerSchema.safeParse(body).data;
+    expect(told ? [told.usage, told.model] : null).toEqual(expected);
+  });
+
+  test("headers of the connection stay behind, and whatever Connection names", () => {
+    const headers = new Headers({
+      Connection: "keep-alive, X-Mine",
+      "X-Mine": "1",
+      "Keep-Alive": "5",
+      TE: "x",
+      Host: "h",
+    });
+    headers.append("Set-Cookie", "a=1");
+    headers.append("Set-Cookie", "b=2");
+    headers.set("X-Kept", "yes");
+    const passed = passHeaders(headers, "host,expect");
+    expect([...passed.keys()].sort()).toEqual(["set-cookie", "set-cookie", "x-kept"]);
+    expect(passed.getSetCookie()).toEqual(["a=1", "b=2"]);
+  });
+
+  const screened: [string, Record<string, string>, number | null][] = [
+    ["/v1/models", { host: "127.0.0.1:7" }, null],
+    ["/v1/models", { host: "LocalHost:7" }, null],
+    ["/v1/models", { host: "[::1]:7", "sec-fetch-mode": "cors" }, null],
+    ["/v1/models", { host: "127.0.0.1:8" }, 403],
+    ["/v1/models", { host: "127.0.0.1" }, 403],
+    ["/v1/models", { host: "evil.example:7" }, 403],
+    ["/v1/models", { host: "localhost.evil.example:7" }, 403],
+    ["/v1/models", { host: "127.0.0.1:7@evil.example" }, 403],
+    ["/v1/models", {}, 403],
+    ["/v1/models", { host: "127.0.0.1:7", origin: "http://evil.example" }, 403],
+    ["/v1/models", { host: "127.0.0.1:7", origin: "null" }, 403],
+    ["/v1/models", { host: "127.0.0.1:7", "sec-fetch-site": "none" }, 403],
+    ["/models", { host: "127.0.0.1:7" }, 404],
+    ["/v1", { host: "127.0.0.1:7" }, 404],
+    ["/v10/models", { host: "127.0.0.1:7" }, 404],
+    ["/v1/../admin", { host: "127.0.0.1:7" }, 404],
+    ["/v1/%2e%2e/admin", { host: "127.0.0.1:7" }, 404],
+    ["/v1/responses", { host: "127.0.0.1:7", upgrade: "WebSocket", connection: "Upgrade" }, 426],
+  ];
+  test.each(screened)("%s with %j is refused with %p", (path, headers, expected) => {
+    const refusal = screen({ url: `http://127.0.0.1:7${path}`, headers: new Headers(headers) }, 7);
+    expect(refusal?.status ?? null).toBe(expected);
+    if (refusal) expect(refusal.headers.get("x-should-retry")).toBe("false");
+  });
+});
+
+suite("the gateway", () => {
+  test("passes a request and its answer on as they are, with the client's key and never the breaker's", async () => {
+    using openai = await startOpenAi((_, response) => {
+      response.writeHead(207, "Odd", { "X-Odd": "a", "Set-Cookie": ["a=1", "b=2"], "Keep-Alive": "timeout=9" });
+      response.end(Buffer.from([0, 255, 13, 10, 128]));
+    });
+    await using breaker = await serveGateway(openai);
+    const head = ["PUT /v1/files/a%2Fb?q=%20x&q=2 HTTP/1.1", `Host: ${new URL(breaker.gateway).host}`];
+    head.push(
+      "Authorization: Bearer sk-client",
+      "Connection: close, X-Mine",
+      "X-Mine: 1",
+      "X-Kept: yes",
+      "Accept-Encoding: br",
+    );
+    head.push("Content-Length: 5");
+    const text = await talkHttp(breaker.gateway, head, Buffer.from([1, 2, 255, 0, 10]));
+    expect(text).toStartWith("HTTP/1.1 207");
+    expect(text.toLowerCase()).toContain("set-cookie: a=1\r\nset-cookie: b=2");
+    expect(text).toContain("\0\xff\r\n\x80");
+    expect(text).not.toContain("timeout=9");
+    const [call] = openai.calls;
+    expect(call).toMatchObject({ method: "PUT", url: "/v1/files/a%2Fb?q=%20x&q=2", body: "\x01\x02\xff\0\n" });
+    expect(call?.headers).toMatchObject({
+      authorization: "Bearer sk-client",
+      "x-kept": "yes",
+      "accept-encoding": "identity",
+    });
+    expect(call?.headers["content-length"]).toBe("5");
+    expect(call?.headers["x-mine"]).toBeUndefined();
+    expect(call?.headers.host).toBe(new URL(openai.base).host);
+    expect(JSON.stringify(openai.calls)).not.toContain(KEY);
+  });
+
+  test("passes redirects, errors, compressed bodies and answers without a body on", async () => {
+    const packed = Bun.gzipSync(Buffer.from(JSON.stringify(chat())));
+    const replies: Reply[] = [
+      (_, response) => response.writeHead(307, { location: "https://elsewhere.example/" }).end(),
+      json({ error: { message: "slow down" } }, 429),
+      (_, response) =>
+        response.writeHead(200, { "content-type": "application/json", "content-encoding": "gzip" }).end(packed),
+      (_, response) => response.writeHead(204).end(),
+    ];
+    using openai = await startOpenAi((call, response) => replies.shift()?.(call, response));
+    await using breaker = await serveGateway(openai);
+    const ask = () => fetch(`${breaker.gateway}/models`, { redirect: "manual", decompress: false });
+    const redirect = await ask();
+    expect([redirect.status, redirect.headers.get("location")]).toEqual([307, "https://elsewhere.example/"]);
+    const error = await ask();
+    expect([error.status, await error.json()]).toEqual([429, { error: { message: "slow down" } }]);
+    const compressed = await ask();
+    expect(compressed.headers.get("content-encoding")).toBe("gzip");
+    expect(Buffer.from(await compressed.arrayBuffer())).toEqual(Buffer.from(packed));
+    expect((await ask()).status).toBe(204);
+    expect(await breaker.used()).toBe(0);
+  });
+
+  /** What is asked, what comes back, and the tokens that count. */
+  const counted: [string, string, object, Reply, number][] = [
+    ["a chat", "/chat/completions", {}, json(chat()), 120],
+    [
+      "a chat as a stream that asks",
+      "/chat/completions",
+      { stream: true, stream_options: { include_usage: true } },
+      events(chunks({ isAsked: true })),
+      120,
+    ],
+    ["a response", "/responses", {}, json(response()), 120],
+    [
+      "a response as a stream",
+      "/responses",
+      { stream: true },
+      events([
+        { type: "response.created", response: response({ usage: null }) },
+        { type: "response.completed", response: response() },
+      ]),
+      120,
+    ],
+    [
+      "a stream in single bytes",
+      "/responses",
+      { stream: true },
+      events(
+        [
+          { type: "x", delta: "é" },
+          { type: "response.completed", response: response() },
+        ],
+        { size: 1 },
+      ),
+      120,
+    ],
+    [
+      "a stream with CRLF",
+      "/responses",
+      { stream: true },
+      events([{ type: "response.completed", response: response() }], { newline: "\r\n" }),
+      120,
+    ],
+    [
+      "a last event without a blank line",
+      "/responses",
+      { stream: true },
+      (_, res) =>
+        res
+          .writeHead(200, { "content-type": "text/event-stream" })
+          .end(`data: ${JSON.stringify({ response: response() })}`),
+      120,
+    ],
+    [
+      "JSON in single bytes",
+      "/chat/completions",
+      {},
+      async (_, res) => {
+        res.writeHead(200, { "content-type": "application/json" });
+        for (const byte of Buffer.from(JSON.stringify(chat(), null, 2))) res.write(Buffer.of(byte));
+        res.end();
+      },
+      120,
+    ],
+    ["an answer of yesterday", "/responses/x", {}, json(response({ created_at: seconds() - 86_400 })), 0],
+    ["an answer with another status", "/chat/completions", {}, json(chat(), 400), 0],
+    [
+      "embeddings",
+      "/embeddings",
+      {},
+      json({ object: "list", model: "m", data: [], usage: { prompt_tokens: 8, total_tokens: 8 } }),
+      0,
+    ],
+    [
+      "plain text that looks like usage",
+      "/files/x",
+      {},
+      (_, res) => res.writeHead(200, { "content-type": "text/plain" }).end(JSON.stringify(chat())),
+      0,
+    ],
+  ];
+  test("counts what answers tell, and passes their bytes on unaltered", async () => {
+    let reply: Reply = json({});
+    let sent = Buffer.alloc(0);
+    using openai = await startOpenAi((call, response) => {
+      // What goes over the wire, as the client would get it straight.
+      const keep = (chunk: unknown) => void (sent = Buffer.concat([sent, Buffer.from(String(chunk ?? ""), "latin1")]));
+      const spy = new Proxy(response, {
+        get(target, name) {
+          const value: unknown = Reflect.get(target, name);
+          if (typeof value !== "function") return value;
+          return (...args: unknown[]) => {
+            const [chunk] = args;
+            if (name === "write" || name === "end")
+              keep(
+                Buffer.isBuffer(chunk)
+                  ? chunk.toString("latin1")
+                  : chunk === undefined
+                    ? ""
+                    : Buffer.from(String(chunk)).toString("latin1"),
+              );
+            const result: unknown = Reflect.apply(value, target, args);
+            return result === target ? spy : result;
+          };
+        },
+      });
+      reply(call, spy);
+    });
+    await using breaker = await serveGateway(openai);
+    let total = 0;
+    for (const [name, path, body, answer, tokens] of counted) {
+      reply = answer;
+      sent = Buffer.alloc(0);
+      const got = Buffer.from(await (await breaker.post(path, body)).arrayBuffer());
+      expect([name, got.toString()]).toEqual([name, sent.toString()]);
+      total += tokens;
+      expect([name, await breaker.used()]).toEqual([name, total]);
+    }
+  });
+
+  test("asks for the usage of a chat stream that does not, and takes out the one event that this adds", async () => {
+    using openai = await startOpenAi((call, response) =>
+      events(chunks({ isAsked: call.body.includes("include_usage") }), { size: 7 })(call, response),
+    );
+    await using breaker = await serveGateway(openai);
+    const asked = { model: MODEL, stream: true, messages: [{ role: "user", content: "é" }] };
+    const text = await (await breaker.post("/chat/completions", asked)).text();
+    expect(openai.calls[0]?.body).toStartWith('{"stream_options":{"include_usage":true},"model"');
+    expect(openai.calls[0]?.headers["content-length"]).toBe(String(openai.calls[0]?.body.length));
+    expect(text).toContain("lo é😀");
+    expect(text).toEndWith("data: [DONE]\n\n");
+    expect(text.match(/^data: /gm)).toHaveLength(4);
+    expect(text).not.toContain("prompt_tokens");
+    expect(await breaker.used()).toBe(120);
+  });
+
+  test("with no allowance nothing is touched", async () => {
+    using openai = await startOpenAi((call, response) => events(chunks({ isAsked: true }))(call, response));
+    await using breaker = await serveGateway(openai, []);
+    const text = await (await breaker.post("/chat/completions", { stream: true })).text();
+    expect(openai.calls[0]?.body).toBe('{"stream":true}');
+    expect(text.match(/"prompt_tokens"/g)).toHaveLength(1);
+  });
+
+  test("counts an id once, however often it is polled", async () => {
+    const done = response();
+    using openai = await startOpenAi(json(done));
+    await using breaker = await serveGateway(openai);
+    for (let i = 0; i < 3; i++) await (await fetch(`${breaker.gateway}/responses/${done.id}`)).text();
+    expect(await breaker.used()).toBe(120);
+  });
+
+  test("the larger of OpenAI's figure and the live count holds, and no look lowers it", async () => {
+    let figure = 500;
+    let looks = 0;
+    const look = (path: string) => {
+      if (!path.includes("/usage/")) return page([]);
+      looks++;
+      return usage({ model: MODEL, input: figure, output: 0 });
+    };
+    using openai = await startOpenAi((call, response) => json(chat())(call, response), look);
+    await using breaker = await serveGateway(openai, ["--allowance", "*=1M", "--interval", "20ms"]);
+    const spend = async () => (await breaker.post("/chat/completions", {})).text();
+    const lookAgain = () => {
+      const seen = looks;
+      return until(() => looks > seen + 1);
+    };
+    expect(await breaker.used()).toBe(500);
+    await spend();
+    expect(await breaker.used()).toBe(500);
+    for (let i = 0; i < 4; i++) await spend();
+    expect(await breaker.used()).toBe(600);
+    await lookAgain();
+    expect(await breaker.used()).toBe(600);
+    figure = 700;
+    await lookAgain();
+    expect(await breaker.used()).toBe(700);
+    figure = 0;
+    await lookAgain();
+    expect(await breaker.used()).toBe(600);
+  });
+
+  test("trips at once when the limit is reached: the next request is refused, STATUS says TRUE, the hook runs", async () => {
+    const file = join(makeFolder(), "tripped");
+    using openai = await startOpenAi((call, response) => json(chat())(call, response));
+    await using breaker = await serveGateway(openai, ["--allowance", "*=200", "--on-trip", `cat > ${file}`]);
+    expect((await breaker.post("/chat/completions", {})).status).toBe(200);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    await (await breaker.post("/chat/completions", {})).text();
+    expect(breaker.logs.some((line) => line.includes("TRUE, 240 of 200 tokens"))).toBe(true); // no tick was needed
+    expect(await breaker.ask("STATUS")).toBe("TRUE");
+    for (const method of ["GET", "POST", "DELETE", "OPTIONS", "PATCH"]) {
+      const refused = await fetch(`${breaker.gateway}/models`, { method });
+      expect([refused.status, refused.headers.get("x-should-retry")]).toEqual([403, "false"]);
+      const message = `Refused by the circuit breaker on this machine: 240 of 200 tokens of * used on ${today()} (UTC)`;
+      expect(await refused.json()).toEqual({
+        error: { message, type: "breaker_open", param: null, code: "breaker_open" },
+      });
+    }
+    expect(openai.calls).toHaveLength(2);
+    const info = await until(() => (existsSync(file) ? readFileSync(file, "utf8") : null));
+    expect(JSON.parse(info)).toMatchObject({ reason: "allowance" });
+  });
+
+  test("refuses while the state is unknown, unless the user wants it otherwise", async () => {
+    using openai = await startOpenAi(json(chat()), () => ({ error: "x" }));
+    await using unknown = await serveGateway(openai);
+    expect(await (await unknown.post("/chat/completions", {})).json()).toMatchObject({
+      error: { code: "breaker_open" },
+    });
+    expect(openai.calls).toHaveLength(0);
+    await using lenient = await serveGateway(openai, ["--when-unknown", "false"]);
+    expect((await lenient.post("/chat/completions", {})).status).toBe(200);
+  });
+
+  test("a request waits for the first look", async () => {
+    using account = startHeldAccount();
+    const breaker = serve(["--base-url", account.base, "--source", "costs", "--gateway", "0"]);
+    await using started = await breaker;
+    const url = await until(() => /the gateway is (\S+)/.exec(started.logs.join("\n"))?.[1]);
+    const asked = fetch(`${url}/organization/costs`);
+    await until(() => account.requests.length === 1);
+    account.release();
+    // The second request that reaches the account is the one that waited.
+    await until(() => account.requests.length === 2);
+    account.release();
+    expect((await asked).status).toBe(200);
+  });
+
+  test.each(["before the head", "in a plain body", "in a stream"])(
+    "a client that leaves %s is gone upstream",
+    async (phase) => {
+      const arrived = Promise.withResolvers<void>();
+      using openai = await startOpenAi((_, response) => {
+        const type = phase === "in a stream" ? "text/event-stream" : "application/json";
+        if (phase !== "before the head") response.writeHead(200, { "content-type": type }).write("data: 1\n\n");
+        arrived.resolve();
+      });
+      await using breaker = await serveGateway(openai);
+      const leaving = new AbortController();
+      const asked = breaker.post("/chat/completions", { stream: true }, { signal: leaving.signal });
+      await arrived.promise;
+      if (phase !== "before the head") await (await asked).body?.getReader().read();
+      const leftMs = performance.now();
+      leaving.abort();
+      await asked.catch(() => {});
+      const goneMs = await until(() => openai.calls[0]?.goneMs);
+      expect(goneMs - leftMs).toBeLessThan(1000);
+    },
+  );
+
+  test("an answer that is cut reaches the client as a cut, and its tokens as unknown", async () => {
+    let cut = () => {};
+    using openai = await startOpenAi((_, response) => {
+      const [first = ""] = chunks({ isAsked: false });
+      cut = () => response.destroy();
+      response.writeHead(200, { "content-type": "text/event-stream" }).write(formatEvents([first]));
+    });
+    await using breaker = await serveGateway(openai);
+    const reader = (await breaker.post("/chat/completions", { stream: true })).body?.getReader();
+    expect(String(Buffer.from((await reader?.read())?.value ?? []))).toContain("Hel");
+    cut();
+    expect(
+      await reader?.read().then(
+        () => "whole",
+        () => "cut",
+      ),
+    ).toBe("cut");
+    const line = await until(() => breaker.logs.find((text) => text.includes("/chat/completions")));
+    expect(line).toContain(`POST /v1/chat/completions 200 ${MODEL} tokens unknown`);
+    expect(await breaker.used()).toBe(0);
+  });
+
+  test("an upstream that cannot be reached is 502, which clients may try again", async () => {
+    let openai: Awaited<ReturnType<typeof startOpenAi>> | null = await startOpenAi(json({}));
+    await using breaker = await serveGateway(openai);
+    openai[Symbol.dispose]();
+    openai = null;
+    const answer = await breaker.post("/chat/completions", {});
+    expect([answer.status, answer.headers.get("x-should-retry")]).toEqual([502, null]);
+    expect(await answer.json()).toMatchObject({ error: { code: "upstream_failed" } });
+  });
+
+  test("writes a line a request, without its query, its body or a key", async () => {
+    using openai = await startOpenAi(json(chat()));
+    await using breaker = await serveGateway(openai);
+    await (await breaker.post("/chat/completions?secret=1", { prompt: "sk-body" })).text();
+    const line = await until(() => breaker.logs.find((text) => text.includes("POST")));
+    expect(line).toMatch(/^\S+Z POST \/v1\/chat\/completions 200 gpt-4o-mini-2024-07-18 120 tokens \d+\.\d\d s$/);
+  });
+
+  test("screens by the Host that was sent, also one that makes the URL none", async () => {
+    using openai = await startOpenAi(json({}));
+    await using breaker = await serveGateway(openai);
+    for (const host of ["evil.example", "127.0.0.1@evil.example", "127.0.0.1:1", "a b"]) {
+      const text = await talkHttp(breaker.gateway, ["GET /v1/models HTTP/1.1", `Host: ${host}`, "Connection: close"]);
+      expect(text).toMatch(/^HTTP\/1.1 40[03]/);
+    }
+    expect(openai.calls).toHaveLength(0);
+  });
+
+  test("a port in use exits with 69 and names --gateway", async () => {
+    using openai = await startOpenAi(json({}));
+    await using breaker = await serveGateway(openai);
+    const { port } = new URL(breaker.gateway);
+    const argv = ["serve", "--host", "127.0.0.1", "--port", "0", "--base-url", openai.base, "--source", "costs"];
+    const { code, err } = await run([...argv, "--gateway", port]);
+    expect([code, err]).toEqual([69, expect.stringContaining(`Cannot listen at 127.0.0.1:${port}`)]);
+    expect(err).toContain("choose another --gateway");
+  });
+
+  test("SIGTERM ends it within 2 s with a stream running", async () => {
+    using openai = await startOpenAi((_, response) => {
+      response.writeHead(200, { "content-type": "text/event-stream" }).write("data: 1\n\n");
+    });
+    const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0"];
+    await using breaker = await spawnBreaker(argv, withKey);
+    const { gateway } = await breaker.info();
+    const reader = (await fetch(`${gateway}/responses`, { method: "POST" })).body?.getReader();
+    await reader?.read();
+    const startMs = performance.now();
+    breaker.child.kill("SIGTERM");
+    expect(await breaker.child.exited).toBe(0);
+    expect(performance.now() - startMs).toBeLessThan(2000);
+  });
+
+  test("exec hands it to its command, unless another base URL is set, which it says", async () => {
+    using openai = await startOpenAi(json({}));
+    await using breaker = await serveGateway(openai);
+    const argv = ["--port", String(breaker.port), "--", "sh", "-c", "echo $OPENAI_BASE_URL"];
+    const handed = spawnExec(argv);
+    expect(await new Response(handed.stdout).text()).toBe(`${breaker.gateway}\n`);
+    const own = spawnExec(argv, { OPENAI_BASE_URL: "http://127.0.0.1:1/v1" });
+    expect(await new Response(own.stdout).text()).toBe("http://127.0.0.1:1/v1\n");
+    expect(await new Response(own.stderr).text()).toContain(`the gateway at ${breaker.gateway} is not used`);
+  });
+
+  test("exec hands its command no gateway on another machine, whatever INFO says", async () => {
+    using openai = await startOpenAi(json({}));
+    await using breaker = await serveGateway(openai);
+    const info = await breaker.info();
+    const lies = JSON.stringify({ ...info, gateway: "http://evil.example/v1" });
+    const answer = (peer: Bun.Socket, text: string) =>
+      void peer.end(text.startsWith("STATUS") ? "FALSE\n" : `${lies}\n`);
+    const socket = { data: (peer: Bun.Socket, chunk: Buffer) => answer(peer, String(chunk)) };
+    const liar = Bun.listen({ hostname: "127.0.0.1", port: 0, socket });
+    const child = spawnExec(["--port", String(liar.port), "--", "sh", "-c", "echo $OPENAI_BASE_URL"]);
+    expect(await new Response(child.stdout).text()).toBe("\n");
+    liar.stop(true);
+  });
+
+  test("the drill shows a program being cut off before any cost", async () => {
+    const argv = ["--drill", "--gateway", "0", "--allowance", "drill=1k"];
+    await using breaker = await serve(argv);
+    const { gateway } = await breaker.info();
+    const bodies = ["{}", '{"stream":true}', '{"stream":true,"stream_options":{"include_usage":true}}'];
+    const statuses: number[] = [];
+    for (let i = 0; i < 12; i++) {
+      const path = i % 2 === 0 ? "chat/completions" : "responses";
+      const answer = await fetch(`${gateway}/${path}`, { method: "POST", body: bodies[i % 3] ?? "{}" });
+      statuses.push(answer.status);
+      expect(await answer.text()).toContain(answer.ok ? "This is a drill." : "1080 of 1000 tokens of drill");
+    }
+    expect(statuses).toEqual([...Array(9).fill(200), 403, 403, 403]);
+    expect(await breaker.info()).toMatchObject({
+      open: true,
+      reason: "allowance",
+      cost: { total: 0 },
+      source: "drill",
+    });
+  });
+});
+
 // ── The README ──────────────────────────────────────────────────────────────────────────────────
 
 suite("the README", () => {
@@ -2595,8 +3629,18 @@ suite("the README", () => {
   );
 
   test("names every option, and nothing that is none", () => {
-    const text = readFileSync(readme, "utf8");
-    for (const name of formatHelp().match(/--[a-z][a-z-]+/g) ?? []) expect(text).toContain(name);
+    // Those of bun and of systemctl.
+    const others = ["--no-env-file", "--user"];
+    const list = (text: string) => [...new Set(text.match(/(?<![-\w])--[a-z][-a-z]*/g))].sort();
+    const named = list(readFileSync(readme, "utf8"));
+    expect(named.filter((name) => !others.includes(name))).toEqual(list(formatHelp()));
+  });
+
+  test("asks 127.0.0.1, and localhost only by hand: another user may listen on ::1", () => {
+    const asked = readFileSync(readme, "utf8").match(/.*\bnc [^\n]*5555.*/g) ?? [];
+    expect(asked.length).toBeGreaterThan(4);
+    const byHand = /^`?echo (STATUS|INFO) \| nc localhost 5555/;
+    for (const line of asked.filter((text) => !byHand.test(text))) expect(line).toMatch(/nc [^|]*127\.0\.0\.1 5555/);
   });
 });
 
@@ -2605,13 +3649,66 @@ suite("the README", () => {
 
 suite("slowly", () => {
   test.concurrent(
+    "100 MB up and down through the gateway, with a slow reader, stay within 64 MiB of idle",
+    async () => {
+      const size = 100_000_000;
+      using openai = await startOpenAi((call, response) => {
+        if (call.method === "POST") return void response.end(String(call.body.length));
+        const piece = Buffer.alloc(1_000_000, 120);
+        let left = size / piece.length;
+        const write = () => {
+          while (left-- > 0) if (!response.write(piece)) return void response.once("drain", write);
+          response.end();
+        };
+        response.writeHead(200, { "content-type": "application/octet-stream" });
+        write();
+      });
+      const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0", "--allowance", "*=1M"];
+      await using breaker = await spawnBreaker(argv, withKey);
+      const { gateway } = await breaker.info();
+      const read = () => Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${breaker.pid}/status`, "utf8"))?.[1]);
+      await (await fetch(`${gateway}/files`, { method: "POST", body: "warm" })).text();
+      const idle = read();
+      let peak = idle;
+      const watching = setInterval(() => (peak = Math.max(peak, read())), 10);
+      const uploaded = await (await fetch(`${gateway}/files`, { method: "POST", body: Buffer.alloc(size) })).text();
+      expect(uploaded).toBe(String(size));
+      let got = 0;
+      const answer = await fetch(`${gateway}/files/x/content`);
+      for await (const chunk of answer.body ?? []) {
+        if (got === 0) await Bun.sleep(1000); // a reader that is slow to begin
+        got += chunk.length;
+      }
+      clearInterval(watching);
+      expect(got).toBe(size);
+      expect(peak - idle).toBeLessThan(64 * 1024);
+    },
+    30_000,
+  );
+
+  test.concurrent(
+    "a stream that is silent for longer than any limit of 10 s is not cut",
+    async () => {
+      using openai = await startOpenAi((_, response) => {
+        response.writeHead(200, { "content-type": "text/event-stream" }).write("data: 1\n\n");
+        setTimeout(() => response.end("data: 2\n\n"), 12_000);
+      });
+      const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0"];
+      await using breaker = await spawnBreaker(argv, withKey);
+      const { gateway } = await breaker.info();
+      expect(await (await fetch(`${gateway}/responses`, { method: "POST" })).text()).toBe("data: 1\n\ndata: 2\n\n");
+    },
+    20_000,
+  );
+
+  test.concurrent(
     "100,000 STATUS later memory and file descriptors are back where they were",
     async () => {
       using account = startAccount(always(FREE));
       await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
       const measure = () => ({
         files: readdirSync(`/proc/${breaker.pid}/fd`).length,
-        kib: Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${breaker.pid}/status`, "utf8"))?.[1]),
+        kib: measureKib(breaker.pid),
       });
       let left = 0;
       let wrong = 0;
@@ -2693,6 +3790,93 @@ suite("slowly", () => {
   );
 
   test.concurrent(
+    "an answer of the breaker that takes longer than its --timeout ends no command of exec",
+    async () => {
+      let asked = 0;
+      const reply = (peer: Bun.Socket) => void peer.end("FALSE\n");
+      const socket = {
+        data: (peer: Bun.Socket) => void (asked++ === 1 ? setTimeout(reply, 11_000, peer) : reply(peer)),
+      };
+      using waking = Bun.listen({ hostname: "127.0.0.1", port: 0, socket });
+      const untilThird = () => (asked >= 3 ? true : null);
+      const file = join(makeFolder(), "go");
+      const wait = `while [ ! -e ${file} ]; do sleep 0.1; done; exit 7`;
+      const child = spawnExec(["--port", String(waking.port), "--", "sh", "-c", wait]);
+      await until(untilThird, 15_000);
+      writeFileSync(file, "");
+      expect(await child.exited).toBe(7);
+    },
+    20_000,
+  );
+
+  const call = (id: string) => Buffer.from(`${request(id, "tools/call", { name: "breaker_status" })}\n`);
+  const longCall = call("x".repeat(60_000));
+  type Load = { connections: number; rounds: number; bytes: Buffer };
+
+  /** Sends `bytes` again and again over some connections, until that is done or nothing more is taken. */
+  async function flood(port: number, { connections, rounds, bytes }: Load) {
+    let [done, lastMs] = [0, performance.now()];
+    const sockets = Array.from({ length: connections }, () => connect({ port, host: "127.0.0.1" }));
+    for (const socket of sockets) {
+      let left = rounds;
+      const send = () => {
+        lastMs = performance.now();
+        while (left > 0 && socket.write(bytes)) left--;
+        if (left === 0) done++;
+      };
+      socket
+        .on("connect", send)
+        .on("drain", () => left-- > 0 && send())
+        .on("error", () => done++);
+    }
+    await until(() => done >= connections || performance.now() - lastMs > 1000, 20_000);
+    return () => sockets.forEach((socket) => socket.destroy());
+  }
+
+  /** Sends `bytes` as far as they are taken at once, and leaves, one connection after another. */
+  async function comeAndLeave(port: number, { connections, bytes }: Load) {
+    let left = connections;
+    const keepLeaving = async () => {
+      while (left-- > 0) {
+        const gone = Promise.withResolvers<void>();
+        const socket = connect({ port, host: "127.0.0.1" });
+        socket.on("error", () => {}).on("close", () => gone.resolve());
+        socket.on("connect", () => {
+          socket.write(bytes);
+          setTimeout(() => socket.destroy(), 100);
+        });
+        await gone.promise;
+      }
+    };
+    await Promise.all(Array.from({ length: 100 }, keepLeaving));
+    return () => {};
+  }
+
+  const blank = Buffer.from(`${request(1, "ping")}\n${`${" ".repeat(60_000)}\n`.repeat(8)}${call("1")}`);
+  const floods: [string, typeof flood, Load][] = [
+    ["that repeat one id", flood, { connections: 1, rounds: 320, bytes: Buffer.alloc(76_000, call("1")) }],
+    ["with ids of 60 KB on 60 connections", flood, { connections: 60, rounds: 64, bytes: longCall }],
+    ["behind 480 KB of blanks on 500 connections", flood, { connections: 500, rounds: 1, bytes: blank }],
+    ["of clients that leave", comeAndLeave, { connections: 1000, rounds: 1, bytes: Buffer.alloc(480_000, longCall) }],
+  ];
+  test.concurrent.each(floods)(
+    "calls %s, while the first look hangs, cost less than 64 MiB",
+    async (_, send, load) => {
+      using account = startAccount(always(null));
+      const argv = ["--base-url", account.base, "--source", "costs", "--timeout", "60s"];
+      await using breaker = await spawnBreaker(argv, withKey);
+      expect(await breaker.ask("HELP")).toStartWith("STATUS");
+      const before = measureKib(breaker.pid);
+      const end = await send(breaker.port, load);
+      expect(await breaker.ask("HELP")).toStartWith("STATUS");
+      // What is kept counts, not what still waits for the garbage collector.
+      await until(() => measureKib(breaker.pid) - before < 64 * 1024, 20_000);
+      end();
+    },
+    40_000,
+  );
+
+  test.concurrent(
     "stops its command and what descends from it within 3 s of a trip",
     async () => {
       await using guarded = await startGuarded(FREE);
@@ -2751,12 +3935,15 @@ suite("slowly", () => {
 });
 
 // ── The siege ───────────────────────────────────────────────────────────────────────────────────
-// An account that misbehaves at random, clients that send noise, and days that pass within seconds.
+// An account that misbehaves at random, clients that send noise, programs that spend through the gateway,
+// and days that pass within seconds.
 // A model that knows what was served says when FALSE may be said; it shares no code with the breaker.
 
 /** What the account has served to one look. */
 interface Served {
   beganMs: number;
+  /** How often the clock had been set back by then. */
+  setbacks: number;
   /** Whether the breaker can have seen everything. */
   complete: boolean;
   /** What it must have seen, by UTC day. */
@@ -2789,11 +3976,56 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
   const add = (ledger: Map<string, number>, amount: number) =>
     ledger.set(dayOf(nowMs), (ledger.get(dayOf(nowMs)) ?? 0) + amount);
   const looks: Served[] = [];
-  let current: Served = { beganMs: 0, complete: false, costs: new Map(), tokens: new Map() };
+  let setbacks = 0;
+  let current: Served = { beganMs: 0, setbacks, complete: false, costs: new Map(), tokens: new Map() };
   const done = new Set<string>();
+  /** What answers through the gateway have told: tokens by the day of the answer, each id once. */
+  const live = new Map<string, number>();
+  const counted = new Set<string>();
+  let lastTold = { id: "", tokens: 0, created: 0 };
+
+  /** One answer of a model, in one of the shapes that tell their tokens, or in one that does not. */
+  function spend(socket: Bun.Socket<{ text: string }>): string | null {
+    if (chance(0.8)) lastTold = { id: crypto.randomUUID(), tokens: below(150), created: Math.floor(nowMs / 1000) };
+    const { id, tokens, created } = lastTold;
+    const tell = (text: string) => {
+      if (!counted.has(id)) live.set(dayOf(created * 1000), (live.get(dayOf(created * 1000)) ?? 0) + tokens);
+      counted.add(id);
+      return text;
+    };
+    const usage = { prompt_tokens: tokens, completion_tokens: 0 };
+    const chunk = { id, model: "m", created, choices: [{ delta: {} }] };
+    const headers = { "Content-Type": chance(0.5) ? "application/json" : "application/json; charset=utf-8" };
+    const stream = { headers: { "Content-Type": "text/event-stream" } };
+    switch (below(7)) {
+      case 0:
+        return tell(http({ ...chunk, usage }, { headers }));
+      case 1:
+        return tell(http(formatEvents([chunk, { ...chunk, choices: [], usage }, "[DONE]"]), stream));
+      case 2: {
+        const response = { id, model: "m", created_at: created, usage: { input_tokens: 0, output_tokens: tokens } };
+        return tell(
+          http(formatEvents([{ response: { ...response, usage: null } }, { response }], pick("\n", "\r\n")), stream),
+        );
+      }
+      case 3:
+        return http({ object: "list", model: "m", usage: { prompt_tokens: 500, total_tokens: 500 } }, { headers });
+      case 4:
+        return http({ ...chunk, usage }, { status: pick(400, 429, 500), headers });
+      case 5: // cut before its usage
+        return http(formatEvents([chunk, { ...chunk, choices: [], usage }]), stream).slice(
+          0,
+          -60 - String(tokens).length,
+        );
+      default: // hangs until the client leaves
+        socket.write("HTTP/1.1 200 X\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\ndata: {}\n\n");
+        return null;
+    }
+  }
 
   /** One answer of the account: mostly honest, else broken in one of many ways. */
   const respond: Respond = ({ path, query }, socket) => {
+    if (!path.startsWith("/v1/organization/")) return spend(socket);
     const isCosts = path === COSTS;
     const firstMs = Number(query.get("start_time")) * 1000;
     const days = [...(isCosts ? spent : used)]
@@ -2866,11 +4098,13 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
 
   /** Whether FALSE may be said now, from nothing but what was served. */
   function mayBeFalse(): boolean {
-    const good = looks.findLastIndex(({ complete }) => complete);
+    // By a clock that was set back, nobody can tell how old an earlier look is.
+    const good = looks.findLastIndex((look) => look.complete && look.setbacks === setbacks);
     const beganMs = looks[good]?.beganMs ?? -Infinity;
     if (Math.abs(nowMs - beganMs) > 600_000) return false;
     const yesterday = dayOf(nowMs - DAY);
     if (dayOf(beganMs - DAY) > yesterday) return false; // It did not ask for all of the window.
+    if (allowance !== null && (live.get(dayOf(nowMs)) ?? 0) >= allowance) return false;
     return looks.slice(good).every(({ costs, tokens }) => {
       const costly = [...costs].some(([day, amount]) => day >= yesterday && amount > 0);
       return !costly && (allowance === null || (tokens.get(dayOf(nowMs)) ?? 0) < allowance);
@@ -2885,6 +4119,9 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
   const world: World = {
     ...surround({ now: () => nowMs }),
     options: optionsOf(...argv),
+    address: { host: "", port: 0, timeoutMs: 0 },
+    rest: [],
+    self: { startedMs: nowMs, gateway: null },
     stop: () => stop.abort(),
     signal: stop.signal,
   };
@@ -2893,7 +4130,7 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
   const watch = startWatch(world, {
     async look(onSeen) {
       done.clear();
-      const mine: Served = { beganMs: nowMs, complete: false, costs: new Map(), tokens: new Map() };
+      const mine: Served = { beganMs: nowMs, setbacks, complete: false, costs: new Map(), tokens: new Map() };
       current = mine;
       const found = await lookForReal(onSeen);
       looks.push(mine);
@@ -2904,17 +4141,58 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
   });
   const violations: string[] = [];
   let falses = 0;
+  let passes = 0;
   let decided = "";
-  const server = startServer(world, {
+  const note = (what: string) => void violations.push(`seed ${seed}: ${what} at ${new Date(nowMs).toISOString()}`);
+  const answers = {
     ...watch,
-    decide() {
-      const decision = watch.decide();
+    describe() {
+      const decision = watch.describe();
       decided = decision.open ? "TRUE\n" : "FALSE\n";
       if (!decision.open) falses++;
-      if (!decision.open && !mayBeFalse()) violations.push(`seed ${seed}: FALSE at ${new Date(nowMs).toISOString()}`);
+      if (!decision.open && !mayBeFalse()) note("FALSE");
       return decision;
     },
-  });
+  };
+  const server = startServer(world, answers);
+  const gateway = startGateway(world, answers);
+
+  /** A program's request through the gateway: it passes just where STATUS says FALSE, and counts the larger figure. */
+  async function sendRequest(): Promise<void> {
+    const leaving = new AbortController();
+    const init = { method: "POST", body: JSON.stringify({ stream: chance(0.5) }), signal: leaving.signal };
+    const before = account.requests.length;
+    const text = await readSome(fetch(`${gateway.url}/chat/completions`, init), leaving);
+    const isRefused = text.includes('"breaker_open"');
+    if (!isRefused) passes++;
+    const went = account.requests.slice(before).some(({ path }) => !path.startsWith("/v1/organization/"));
+    if (isRefused !== (decided === "TRUE\n") || isRefused === went) note(`decided ${decided}, and the gateway ${text}`);
+    const day = dayOf(nowMs);
+    const sum = (figures: Map<string, number>[]) => {
+      const days = new Set(figures.flatMap((figure) => [...figure.keys()]).filter((one) => one >= day));
+      return [...days].reduce((total, one) => total + Math.max(...figures.map((figure) => figure.get(one) ?? 0)), 0);
+    };
+    // A good look replaces what earlier ones have told; whether it was good is not for this model to say.
+    const least = sum([
+      live,
+      ...looks.slice(looks.findLastIndex(({ complete }) => complete)).map(({ tokens }) => tokens),
+    ]);
+    const most = sum([live, ...looks.map(({ tokens }) => tokens), current.tokens]);
+    const count = watch.describe().allowances[0]?.used ?? 0;
+    if (allowance !== null && !(count >= least && count <= most)) note(`${count} tokens counted, not ${least}`);
+  }
+
+  /** Reads an answer to its end; leaves one that hangs, and bears one that is cut. */
+  async function readSome(asked: Promise<Response>, leaving: AbortController): Promise<string> {
+    let text = "";
+    try {
+      for await (const piece of (await asked).body ?? []) {
+        text += Buffer.from(piece).toString();
+        if (text === "data: {}\n\n") leaving.abort();
+      }
+    } catch {} // Cut, or left.
+    return text;
+  }
 
   function sendNoise(): void {
     const bytes = Uint8Array.from({ length: below(400) }, () => pick(10, 13, 32, 123, 83, 255, below(256)));
@@ -2938,7 +4216,11 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
         if (chance(0.4)) nowMs = Date.parse(dayOf(nowMs)) + DAY - pick(1, 5000, 300_000);
         break;
       case 3: // the clock is set back
-        if (chance(0.3)) nowMs -= pick(5000, 300_000, 700_000);
+        if (chance(0.3)) {
+          const byMs = pick(5000, 300_000, 700_000);
+          nowMs -= byMs;
+          if (byMs > 10_000) setbacks++;
+        }
         break;
       case 4:
         if (chance(0.1)) add(spent, pick(0.01, 1e-9, 3));
@@ -2948,6 +4230,9 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
         break;
       case 6:
         sendNoise();
+        break;
+      case 7:
+        for (let i = below(4); i >= 0; i--) await sendRequest();
         break;
       default:
         lookEnded = Promise.withResolvers();
@@ -2959,22 +4244,23 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
     if (chance(0.1)) watch.tick();
   }
   stop.abort();
-  await server.stop();
-  return { violations, falses, requests: account.requests.length };
+  await Promise.all([server.stop(), gateway.stop()]);
+  return { violations, falses, passes, requests: account.requests.length };
 }
 
 suite("the siege", () => {
   test.each([1, 2, 3, 4, 5, 6, 7, 8])(
     "of seed %d: FALSE only where a complete look saw nothing spent",
     async (seed) => {
-      const { violations, falses, requests } = await besiege({
+      const { violations, falses, passes, requests } = await besiege({
         seed,
         steps: 500,
-        allowance: seed % 2 === 0 ? 1000 : null,
+        allowance: seed % 2 === 0 ? 3000 : null,
       });
       expect(violations).toEqual([]);
       // Were nothing ever FALSE, or little ever asked, this would show nothing.
       expect(falses).toBeGreaterThan(20);
+      expect(passes).toBeGreaterThan(5);
       expect(requests).toBeGreaterThan(100);
     },
     30_000,

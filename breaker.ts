@@ -18,8 +18,7 @@
  * Exit codes: 0 closed or done, 1 open, 64 usage, 69 unknown or no breaker, 75 stopped by the breaker;
  * `exec` otherwise ends with the exit code of its command.
  *
- * The file reads from top to bottom: options, schemas, money and time, the decision, the protocol and
- * MCP are pure; the effects follow; `main` comes last. Importing it does nothing.
+ * It reads from top to bottom: what is pure, then the effects, then `main`; importing it does nothing.
  * Its documentation is the README.md of the project "breaker".
  *
  * @module
@@ -59,8 +58,8 @@ function resolveLocalhost(host: string): string {
   return host.toLowerCase() === "localhost" ? "127.0.0.1" : host;
 }
 
-const word = z.string().regex(/^[^\s\p{Cc}]+$/u);
-const line = z.string().regex(/^\P{Cc}*$/u);
+const text = z.string();
+const word = text.regex(/^[^\s\p{Cc}]+$/u);
 
 /** `"*-mini*,*-nano*=10M"` → `{ models: "*-mini*,*-nano*", limit: 10000000 }`, in tokens a UTC day. */
 const allowance = word
@@ -69,33 +68,33 @@ const allowance = word
   .pipe(z.tuple([z.string(), scaled(/^\d+(\.\d+)?[kMG]?$/, { min: Number.MIN_VALUE })]))
   .transform(([models, limit]) => ({ models, limit }));
 
+// What an option may be: what that is called in --help, and what is expected where it is something else.
+const TIME = { takes: "TIME", expects: "a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h" };
+const LIMIT = { takes: "MODELS=TOKENS", expects: "MODELS=TOKENS such as *-mini*,*-nano*=10M" };
+const ADDRESS = { takes: "URL", expects: "an https URL (http only to this machine) without user, query and fragment" };
+const PORT = { takes: "PORT", expects: "a port from 0 to 65535" };
+const choice = z.enum(["true", "false"]).transform((value) => value === "true");
+const truth = choice.meta({ takes: "true|false", expects: "true or false" });
+const toggle = choice.meta({ expects: "true or false" });
+const host = word.transform(resolveLocalhost).meta({ takes: "HOST", expects: "a host name or an address" });
+const port = scaled(/^\d{1,5}$/, { max: 65535 }).meta(PORT);
+const maybePort = port.or(z.literal("")).meta(PORT);
+const usd = scaled(/^(\d+\.?\d*|\.\d+)$/).meta({ takes: "USD", expects: "an amount such as 0, 0.5 or 20" });
+const time = scaled(/^\d+(ms|s|m|h)$/, { min: 1, max: DAY }).meta(TIME);
+const source = z.enum(["auto", "costs", "billing"]).meta({ takes: "NAME", expects: "auto, costs or billing" });
+const entry = text.regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expects: "the name of an entry of pass" });
+const command = text.meta({ takes: "CMD", expects: "a shell command" });
+const projects = z.array(word).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
+const limits = z.array(allowance).meta(LIMIT);
 /** An http URL sends the key in the clear: only to this machine. */
-const safeUrl = z
+const url = z
   .url({ protocol: /^https?$/ })
   .regex(/^[^?#]*$/)
-  .transform((text) => new URL(text))
+  .transform((href) => new URL(href))
   .transform((url) => Object.assign(url, { hostname: resolveLocalhost(url.hostname) }))
-  .refine((url) => url.protocol === "https:" || isLoopback(url.hostname))
-  .refine((url) => !url.username && !url.password)
-  .transform((url) => url.href.replace(/\/+$/, ""));
-
-// What an option may be: what that is called in --help, and what is expected where it is something else.
-const times = "a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h";
-const budgets = "MODELS=TOKENS such as *-mini*,*-nano*=10M";
-const urls = "an https URL (http only to this machine) without user, query and fragment";
-const truth = z.enum(["true", "false"]).transform((text) => text === "true");
-const on = truth.meta({ expects: "true or false" });
-const choice = truth.meta({ takes: "true|false", expects: "true or false" });
-const host = word.transform(resolveLocalhost).meta({ takes: "HOST", expects: "a host name or an address" });
-const port = scaled(/^\d{1,5}$/, { max: 65535 }).meta({ takes: "PORT", expects: "a port from 0 to 65535" });
-const usd = scaled(/^(\d+\.?\d*|\.\d+)$/).meta({ takes: "USD", expects: "an amount such as 0, 0.5 or 20" });
-const time = scaled(/^\d+(ms|s|m|h)$/, { min: 1, max: DAY }).meta({ takes: "TIME", expects: times });
-const source = z.enum(["auto", "costs", "billing"]).meta({ takes: "NAME", expects: "auto, costs or billing" });
-const entry = line.regex(/[^\s/]$/).meta({ takes: "NAME", expects: "the name of an entry of pass" });
-const command = z.string().meta({ takes: "CMD", expects: "a shell command" });
-const limits = z.array(allowance).meta({ takes: "MODELS=TOKENS", expects: budgets });
-const projects = z.array(word).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
-const url = safeUrl.meta({ takes: "URL", expects: urls });
+  .refine((url) => (url.protocol === "https:" || isLoopback(url.hostname)) && !url.username && !url.password)
+  .transform(({ href }) => href.replace(/\/+$/, ""))
+  .meta(ADDRESS);
 
 /** Of each option: the flag, what counts where it is not given (and in a drill), and what it does. */
 const OptionsSchema = z.object({
@@ -107,28 +106,25 @@ const OptionsSchema = z.object({
   intervalMs: time.meta({ flag: "interval", fallback: "60s", inDrill: "1s", help: "between two looks at the account" }),
   timeoutMs: time.meta({ flag: "timeout", fallback: "10s", help: "for one request, its body included" }),
   maxAgeMs: time.meta({ flag: "max-age", fallback: "10m", help: "how long a good look counts" }),
-  whenUnknown: choice.meta({ flag: "when-unknown", fallback: "true", help: "the answer when the state is unknown" }),
+  whenUnknown: truth.meta({ flag: "when-unknown", fallback: "true", help: "what unknown answers" }),
   source: source.meta({ flag: "source", fallback: "auto", help: "auto is costs on openai.com, else billing" }),
   baseUrl: url.meta({ flag: "base-url", fallback: "https://api.openai.com/v1", help: "of the API" }),
   passEntry: entry.meta({ flag: "pass-entry", fallback: "OPENAI_API_KEY", help: "where pass keeps the key" }),
   onTrip: command.meta({ flag: "on-trip", help: "run by sh when the answer turns TRUE" }),
   onReset: command.meta({ flag: "on-reset", help: "run by sh when the answer turns FALSE" }),
-  drill: on.meta({ flag: "drill", fallback: "false", help: "a simulated account that costs a cent after 10 s" }),
-  json: on.meta({ flag: "json", fallback: "false", help: "check prints the INFO object" }),
+  gateway: maybePort.meta({ flag: "gateway", help: "pass programs on to the API from this port of 127.0.0.1" }),
+  drill: toggle.meta({ flag: "drill", fallback: "false", help: "a simulated account that costs a cent after 10 s" }),
+  json: toggle.meta({ flag: "json", fallback: "false", help: "check prints the INFO object" }),
 });
 
 export type Options = z.output<typeof OptionsSchema>;
 export type Env = Record<string, string | undefined>;
 
-const some = z.string();
-const maybe = z.string().default("");
+const some = text.default("");
 /** A row of the table; an option that takes nothing is a switch. */
-const RowSchema = z.object({ flag: some, takes: maybe, fallback: maybe, inDrill: maybe, help: some, expects: some });
-
+const RowSchema = z.object({ flag: text, takes: some, fallback: some, inDrill: some, help: text, expects: text });
 const ROWS = Object.entries(OptionsSchema.shape).map(([key, schema]) => {
-  const row = RowSchema.parse(schema.meta());
-  const variable = `BREAKER_${row.flag.replaceAll("-", "_").toUpperCase()}`;
-  return { ...row, key, schema, variable, isRepeatable: schema instanceof z.ZodArray };
+  return { ...RowSchema.parse(schema.meta()), key, schema, isRepeatable: schema instanceof z.ZodArray };
 });
 
 const COMMANDS = {
@@ -159,8 +155,7 @@ Usage: bun breaker.ts [command] [options]
 ${commands.join("\n")}
 
 ${options.join("\n")}
-${line("-h, --help", "this text")}
-${line("-V, --version", "the version")}
+${line("-h, --help; -V, --version", "this text; the version")}
 
 Each option is also a variable (--max-age is BREAKER_MAX_AGE), where blanks separate the values of
 a repeatable one; the flag wins. A TIME is 500ms, 30s, 10m or 1h; TOKENS may end in k, M or G.
@@ -188,7 +183,8 @@ function readFlags(args: string[]): { flags: Map<string, string[]>; words: strin
 function readOptions(flags: Map<string, string[]>, env: Env): Options {
   const isDrill = (flags.get("drill")?.at(-1) ?? env["BREAKER_DRILL"]) === "true";
   const given: Record<string, unknown> = {};
-  for (const { key, schema, flag, variable, isRepeatable, fallback, inDrill, expects } of ROWS) {
+  for (const { key, schema, flag, isRepeatable, fallback, inDrill, expects } of ROWS) {
+    const variable = `BREAKER_${flag.replaceAll("-", "_").toUpperCase()}`;
     const text = env[variable] || (isDrill && inDrill) || fallback;
     const values = flags.get(flag) ?? (isRepeatable ? text.split(/\s+/).filter(Boolean) : [text]);
     given[key] = isRepeatable ? values : values.at(-1);
@@ -200,22 +196,16 @@ function readOptions(flags: Map<string, string[]>, env: Env): Options {
   return OptionsSchema.parse(given);
 }
 
-/**
- * Reads a command line (without program and script) and the environment: a command with its options, or a text to
- * print. Throws a UsageError that names what was wrong, and what was expected.
- *
- *     parseArguments(["check", "--timeout", "5s"], {}) → { command: "check", options: { timeoutMs: 5000, … }, rest: [] }
- */
+/** A command line and the environment → a command with its options, or a text to print. Throws a UsageError. */
 export function parseArguments(argv: string[], env: Env) {
-  const dashes = argv.includes("--") ? argv.indexOf("--") : argv.length;
-  const args = argv.slice(0, dashes);
-  const rest = argv.slice(dashes + 1);
+  const dashes = [...argv, "--"].indexOf("--");
+  const [args, rest] = [argv.slice(0, dashes), argv.slice(dashes + 1)];
   if (args.includes("-h") || args.includes("--help")) return { command: "print" as const, text: formatHelp() };
   if (args.includes("-V") || args.includes("--version")) return { command: "print" as const, text: `${VERSION}\n` };
 
   const { flags, words } = readFlags(args);
-  const options = readOptions(flags, env);
   const [first = "serve", extra] = words;
+  const options = readOptions(flags, env);
   const named = CommandSchema.safeParse(first);
   if (!named.success) throw new UsageError(`${first}: expected a command, one of those in --help`);
   if (extra !== undefined) throw new UsageError(`${extra}: expected nothing more after ${first}; see --help`);
@@ -241,13 +231,14 @@ export function resolveSource({ source, baseUrl, drill }: Options): "costs" | "b
 // Every byte from outside passes one of these, in time linear in its length. Unknown members are left
 // alone: OpenAI adds some.
 
-/** What a cost counts as that is too small for a number. */
+function addUp(sums: Record<string, number>): number {
+  return Object.values(sums).reduce((total, amount) => total + amount, 0);
+}
+
+/** What a cost counts as that is too small for a number: only zero is 0. */
 const TINY = 1e-300;
 
-/**
- * An amount: a number, or a string as OpenAI sends them live (`"0E-6176"`, `"0.1739150000000000"`).
- * Missing, empty and non-finite ones are refused; only zero is 0.
- */
+/** An amount: a finite number, or a string as OpenAI sends them live (`"0E-6176"`, `"0.1739150000000000"`). */
 export const AmountSchema = z
   .union([z.number(), z.string().regex(/^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i)])
   .transform((value) => {
@@ -256,13 +247,12 @@ export const AmountSchema = z
   })
   .pipe(z.number());
 
-const DAY_SECONDS = DAY / SECOND;
-
 /** 00:00 UTC of a day, in Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
-const DayStartSchema = z.number().min(1e9).max(1e10).multipleOf(DAY_SECONDS);
-
+const midnight = z.number().min(1e9).max(1e10).multipleOf(86400);
+const DaySchema = midnight.transform((seconds) => formatDay(seconds * SECOND));
 const JsonSchema = z.looseObject({});
 const ListSchema = z.array(z.unknown());
+const RowsSchema = ListSchema.optional();
 
 /** Parses JSON; undefined for a text that is none. */
 function parseJson(text: string): unknown {
@@ -273,32 +263,22 @@ function parseJson(text: string): unknown {
   }
 }
 
-const UsdSchema = z.string().toLowerCase().pipe(z.literal("usd"));
-
 /** A cost in usd. */
 export const CostRowSchema = z
-  .object({ amount: z.object({ value: AmountSchema, currency: UsdSchema.nullish() }) })
+  .object({ amount: z.object({ value: AmountSchema, currency: z.string().regex(/^usd$/i).nullish() }) })
   .transform(({ amount }) => ({ amount: amount.value }));
 
 /** Tokens of a model; `input_tokens` holds the cached ones already. A long name would make globs slow. */
 export const UsageRowSchema = z
   .object({ input_tokens: z.int().min(0), output_tokens: z.int().min(0), model: z.string().max(256).nullable() })
-  .transform((row) => ({ amount: row.input_tokens + row.output_tokens, model: row.model ?? "" }));
+  .transform(({ model, ...tokens }) => ({ amount: addUp(tokens), model: model ?? "" }));
 
 /** A UTC day of costs or of tokens. Older answers call `results` `result`. */
 const BucketSchema = z
-  .object({
-    start_time: DayStartSchema,
-    end_time: z.number().optional(),
-    results: ListSchema.optional(),
-    result: ListSchema.optional(),
-  })
-  .refine(({ results, result }) => results ?? result, "expected results")
-  .refine((bucket) => (bucket.end_time ?? 0) <= bucket.start_time + DAY_SECONDS, "expected one day")
-  .transform(({ start_time, results = [], result = [] }) => ({
-    day: formatDay(start_time * SECOND),
-    rows: [...results, ...result],
-  }));
+  .object({ start_time: DaySchema, end_time: z.number().default(0), results: RowsSchema, result: RowsSchema })
+  .refine((bucket) => bucket.results ?? bucket.result, "expected results")
+  .refine((bucket) => bucket.end_time * SECOND <= Date.parse(bucket.start_time) + DAY, "expected one day")
+  .transform(({ start_time: day, results = [], result = [] }) => ({ day, rows: [...results, ...result] }));
 
 const PageSchema = z
   .object({ object: z.literal("page").optional(), has_more: z.boolean(), next_page: z.string().nullish() })
@@ -307,8 +287,8 @@ const PageSchema = z
 /** A credit below 0 would hide a cost. */
 const BillingSchema = z.object({ total_usage: AmountSchema.pipe(z.number().min(0)) });
 const BillingDaySchema = z
-  .object({ timestamp: DayStartSchema, line_items: ListSchema })
-  .transform(({ timestamp, line_items }) => ({ day: formatDay(timestamp * SECOND), rows: line_items }));
+  .object({ timestamp: DaySchema, line_items: ListSchema })
+  .transform(({ timestamp: day, line_items: rows }) => ({ day, rows }));
 const BillingItemSchema = z.object({ cost: AmountSchema }).transform(({ cost }) => ({ amount: cost / 100 }));
 
 /** What INFO says; the MCP tool says the same without the pid. */
@@ -323,6 +303,13 @@ const InfoSchema = z.object({
   ageSeconds: z.number().nullable(),
   error: z.string().nullable().describe("why the last look failed"),
   source: z.enum(["costs", "billing", "drill"]),
+  // Never another machine's: exec has its command send requests there, with a key.
+  gateway: z
+    .string()
+    .regex(/^http:\/\/127\.0\.0\.1:\d{1,5}\/v1$/)
+    .nullable()
+    .default(null)
+    .describe("what OPENAI_BASE_URL may be set to"),
   version: z.string(),
   pid: z.int().positive(),
   startedAt: z.string(),
@@ -330,7 +317,24 @@ const InfoSchema = z.object({
 
 export type Info = z.output<typeof InfoSchema>;
 
-const KeySchema = z.string().regex(/^[\x21-\x7e]+$/);
+const tokens = z.int().min(0);
+const InputSchema = z.object({ input_tokens: tokens, output_tokens: tokens });
+const PromptSchema = z.object({ prompt_tokens: tokens, completion_tokens: tokens });
+const usage = z.union([InputSchema, PromptSchema]).transform(addUp).nullable().catch(null);
+const stamp = z.number().min(1e9).max(1e10).optional().catch(undefined);
+const name = z.string().max(256);
+/** The shape that the Usage API counts as completions: whose tokens, how many (null: not told), made when. */
+const SpendingSchema = z.object({ id: name, model: name, usage, created: stamp, created_at: stamp });
+const EventSchema = z.object({ response: SpendingSchema }).transform(({ response }) => response);
+/** What an answer, or an event of one, tells of the tokens that it has spent. */
+export const AnswerSchema = SpendingSchema.or(EventSchema);
+type Spending = z.output<typeof AnswerSchema>;
+
+/** The one event that a chat stream adds when it is asked for its usage. */
+const UsageEventSchema = z.object({ choices: ListSchema.length(0), usage: JsonSchema });
+const WISH = { include_usage: true };
+const WishSchema = z.looseObject({ include_usage: z.boolean().optional() });
+const StreamRequestSchema = z.object({ stream: z.literal(true), stream_options: WishSchema.nullish() });
 
 // ── Money and time ──────────────────────────────────────────────────────────────────────────────
 
@@ -406,9 +410,10 @@ function readEach<T>(list: unknown, { schema, problems }: { schema: z.ZodType<T>
   const items = ListSchema.safeParse(list);
   if (!items.success) problems.push(`a list: ${explain(items.error)}`);
   for (const item of items.data ?? []) {
+    if (problems.length >= MAX_PROBLEMS) break;
     const read = schema.safeParse(item);
     if (read.success) found.push(read.data);
-    else if (problems.push(explain(read.error)) >= MAX_PROBLEMS) break;
+    else problems.push(explain(read.error));
   }
   return found;
 }
@@ -416,10 +421,9 @@ function readEach<T>(list: unknown, { schema, problems }: { schema: z.ZodType<T>
 type RowReader = z.ZodType<Omit<Entry, "day">>;
 type Lists = { days: z.ZodType<{ day: string; rows: unknown[] }>; rows: RowReader; problems: string[] };
 
-/** The entries of a list of days, each with its rows. */
-function readDays(list: unknown, { days, rows, problems }: Lists): Entry[] {
+function readDays(list: unknown, { days, rows: schema, problems }: Lists): Entry[] {
   const read = readEach(list, { schema: days, problems });
-  return read.flatMap((of) => readEach(of.rows, { schema: rows, problems }).map((row) => ({ day: of.day, ...row })));
+  return read.flatMap(({ day, rows }) => readEach(rows, { schema, problems }).map((row) => ({ day, ...row })));
 }
 
 /** Reads a page of the Costs or the Usage API. */
@@ -427,22 +431,18 @@ export function readPage(body: unknown, rows: RowReader): Page {
   const problems: string[] = [];
   const { data } = JsonSchema.safeParse(body).data ?? {};
   const entries = readDays(data, { days: BucketSchema, rows, problems });
-  const envelope = PageSchema.safeParse(body);
-  if (!envelope.success) problems.push(explain(envelope.error));
-  return { entries, next: envelope.data?.next_page || null, problem: problems[0] ?? null };
+  const [envelope] = readEach([body], { schema: PageSchema, problems });
+  return { entries, next: envelope?.next_page || null, problem: problems[0] ?? null };
 }
 
-/**
- * Reads the answer of the billing endpoint, in fractional cents. What `total_usage` holds above the sum
- * of the days is booked on `today`: relays send nothing else.
- */
+/** Reads the billing endpoint's answer, in fractional cents; a total above the sum of its days is booked on `today`. */
 export function readBilling(body: unknown, today: string): Page {
   const problems: string[] = [];
   const { daily_costs } = JsonSchema.safeParse(body).data ?? {};
   const entries = readDays(daily_costs ?? [], { days: BillingDaySchema, rows: BillingItemSchema, problems });
-  const envelope = BillingSchema.safeParse(body);
-  if (!envelope.success) problems.push(explain(envelope.error));
-  const total = (envelope.data?.total_usage ?? 0) / 100;
+  const [envelope] = readEach([body], { schema: BillingSchema, problems });
+  // Relays send nothing but this.
+  const total = (envelope?.total_usage ?? 0) / 100;
   const rest = total - entries.reduce((sum, { amount }) => sum + amount, 0);
   // What is smaller than this is the rounding of the sum.
   if (rest > total * 1e-12) entries.push({ day: today, amount: rest });
@@ -454,44 +454,27 @@ export function readBilling(body: unknown, today: string): Page {
 /** Costs in usd by UTC day (`"2026-11-22"`), and tokens by day and allowance (`"2026-11-22 *-mini*"`). */
 export type Sums = Record<string, number>;
 
-/** What is known of the account: by one look, or by all that came before. */
-export interface Reading {
-  /** When the last good look began (ms since 1970), null before there was one. */
-  asOfMs: number | null;
-  sums: Sums;
-  /** Why the last look failed, null after a good one, and how long the account wants to be left alone. */
-  error: string | null;
-  retryAfterMs: number;
-}
+/** What is known: when the last good look began (ms since 1970), all sums, why the last look failed, its Retry-After. */
+export type Reading = { asOfMs: number | null; sums: Sums; error: string | null; retryAfterMs: number };
 
 /** A reading at `now` (ms since 1970), under the user's options. */
 export type Moment = { now: number; reading: Reading; options: Options };
 
-/** Nothing seen yet. */
+export type Self = { startedMs: number; gateway: string | null };
+
 export const UNSEEN: Reading = { asOfMs: null, sums: {}, error: null, retryAfterMs: 0 };
 
 function nameSum(day: string, models = ""): string {
   return models ? `${day} ${models}` : day;
 }
 
-/** What a look begins with: a good one is complete, so a day without a row had no cost. */
-function startSums(now: number, { allowances }: Options): Sums {
-  const { yesterday, today } = listDays(now);
-  const names = [yesterday, today, ...allowances.map(({ models }) => nameSum(today, models))];
-  return Object.fromEntries(names.map((name) => [name, 0]));
-}
-
-/**
- * `sums` with `entries` added. A credit (an amount below 0) never hides a cost; a model counts toward the
- * first allowance that it matches.
- */
+/** `sums` with `entries`. A credit (below 0) hides no cost; a model counts toward the first allowance that fits it. */
 export function addEntries(sums: Sums, { entries, options }: { entries: Entry[]; options: Options }): Sums {
   const added = { ...sums };
   for (const { day, amount, model } of entries) {
-    const fits = (patterns: string) => model !== undefined && matchesModel(patterns, model);
-    const models = options.allowances.find((allowance) => fits(allowance.models))?.models;
-    if (model !== undefined && models === undefined) continue;
-    const name = nameSum(day, models);
+    const limit = options.allowances.find(({ models }) => model !== undefined && matchesModel(models, model));
+    if (model !== undefined && !limit) continue;
+    const name = nameSum(day, limit?.models);
     added[name] = (added[name] ?? 0) + Math.max(amount, 0);
   }
   return added;
@@ -515,10 +498,6 @@ function listSince(first: string, { sums, models }: { sums: Sums; models?: strin
   return Object.fromEntries(days.sort().map((name) => [name.slice(0, 10), sums[name] ?? 0]));
 }
 
-function addUp(sums: Sums): number {
-  return Object.values(sums).reduce((total, amount) => total + amount, 0);
-}
-
 /** The allowances, and the tokens of today that count toward each; null before a good look. */
 function listAllowances({ now, reading: { sums, asOfMs }, options }: Moment): Info["allowances"] {
   return options.allowances.map(({ models, limit }) => {
@@ -531,14 +510,14 @@ export type Decision = Pick<Info, "open" | "reason" | "message">;
 
 /** What a reading means at `now`. The order is the contract: a cost that was seen wins. */
 export function decide(moment: Moment): Decision {
-  const { now, reading, options } = moment;
-  const { asOfMs, sums, error } = reading;
+  const { now, options } = moment;
+  const { asOfMs, sums, error } = moment.reading;
   const { yesterday, today } = listDays(now);
   const days = listSince(yesterday, { sums });
   const total = addUp(days);
   if (total > options.thresholdUsd) {
-    const costs = Object.entries(days).filter(([, cost]) => cost > 0);
-    const parts = costs.map(([day, cost]) => `${formatAmount(cost)} usd on ${day}`);
+    const costly = Object.entries(days).filter(([, cost]) => cost > 0);
+    const parts = costly.map(([day, cost]) => `${formatAmount(cost)} usd on ${day}`);
     return { open: true, reason: "cost", message: `${parts.join(" and ")} (UTC)` };
   }
   const full = listAllowances(moment).find(({ used, limit }) => (used ?? 0) >= limit);
@@ -555,11 +534,11 @@ export function decide(moment: Moment): Decision {
   const ageSeconds = Math.floor((now - (asOfMs ?? 0)) / SECOND);
   const age = ageSeconds > 0 ? `is ${ageSeconds} s old` : "lies in the future, check this machine's clock";
   const cause = asOfMs === null ? "no good look at the account yet" : `the last good look ${age}`;
-  return { open: options.whenUnknown, reason: "unknown", message: error === null ? cause : `${cause}: ${error}` };
+  return { open: options.whenUnknown, reason: "unknown", message: [cause, error ?? []].flat().join(": ") };
 }
 
-/** The INFO object of a reading at `now`, for a breaker that started at `startedMs`. */
-export function describe({ startedMs, ...moment }: Moment & { startedMs: number }): Info {
+/** The INFO object of a reading at `now`. */
+export function describe({ startedMs, gateway, ...moment }: Moment & Self): Info {
   const { now, reading, options } = moment;
   const { asOfMs, sums, error } = reading;
   const days = listSince(listDays(now).yesterday, { sums });
@@ -572,6 +551,7 @@ export function describe({ startedMs, ...moment }: Moment & { startedMs: number 
     ageSeconds: asOfMs === null ? null : Math.max(Math.floor((now - asOfMs) / SECOND), 0),
     error,
     source: resolveSource(options),
+    gateway,
     version: VERSION,
     pid: process.pid,
     startedAt: new Date(startedMs).toISOString(),
@@ -581,32 +561,20 @@ export function describe({ startedMs, ...moment }: Moment & { startedMs: number 
 // ── The protocol ────────────────────────────────────────────────────────────────────────────────
 // One connection, one question: a line finds its row in this table.
 
-/** What a reply may draw on. */
-export type View = { decide: () => Decision; describe: () => Info };
+/** What is asked, by a line or by MCP: its answer (null where none is due), and whether that rests on a look. */
+export type Question = { reply: (info: Info) => string | null; needsLook?: true };
 
-/** What is asked, by a line of the protocol or a message of MCP. */
-export interface Question {
-  /** The answer without its newline; null where none is due. */
-  reply: (view: View) => string | null;
-  /** The answer rests on a look, and waits for one. */
-  needsLook?: true;
-}
-
-interface LineCommand extends Question {
-  name: string;
-  help: string;
-  /** Asked by this machine only: it learns amounts. */
-  localOnly?: true;
-}
+/** A line that is a question; some tell amounts, and are for this machine only. */
+type LineCommand = Question & { name: string; help: string; localOnly?: true };
 
 const STATUS_HELP = "TRUE when the account incurred a cost today or yesterday (UTC) or that is not known, else FALSE";
 const INFO_HELP = "reason, amounts and age as a line of JSON, for this machine only";
 
 /** A new command is a new row. */
 export const LINE_COMMANDS: LineCommand[] = [
-  { name: "STATUS", help: STATUS_HELP, needsLook: true, reply: (view) => (view.decide().open ? "TRUE" : "FALSE") },
+  { name: "STATUS", help: STATUS_HELP, needsLook: true, reply: ({ open }) => (open ? "TRUE" : "FALSE") },
   { name: "HELP", help: "this list", reply: () => HELP },
-  { name: "INFO", help: INFO_HELP, needsLook: true, localOnly: true, reply: (view) => JSON.stringify(view.describe()) },
+  { name: "INFO", help: INFO_HELP, needsLook: true, localOnly: true, reply: (info) => JSON.stringify(info) },
 ];
 
 const HELP = [
@@ -618,26 +586,19 @@ function say(text: string | null): Question {
   return { reply: () => text };
 }
 
-const UNKNOWN = say("ERR Unknown Command");
-const NOT_ALLOWED = say("ERR Not Allowed");
-const TOO_LONG = say("ERR Line Too Long");
-const BUSY = say("ERR Busy");
-
 /** Finds what a line asks for: `findQuestion(" status\r", { isLocal: () => false })` → the row of STATUS */
 export function findQuestion(line: string, { isLocal }: { isLocal: () => boolean }): Question {
   const [, word = ""] = /^[ \t\r]*([a-z]+)[ \t\r]*$/i.exec(line) ?? [];
   const found = LINE_COMMANDS.find(({ name }) => name === word.toUpperCase());
-  return found?.localOnly && !isLocal() ? NOT_ALLOWED : (found ?? UNKNOWN);
+  return found?.localOnly && !isLocal() ? say("ERR Not Allowed") : (found ?? say("ERR Unknown Command"));
 }
 
 const MAX_LINE_BYTES = 256;
 const MAX_MCP_LINE_BYTES = 64 * 1024;
 const NOTHING: Buffer = Buffer.alloc(0);
 
-type Cut = { line: string; rest: Buffer } | "incomplete" | "too long";
-
 /** Cuts the first line off `input`; at the end of the input an unfinished one counts as a line. */
-export function takeLine(input: Buffer, { ended, limit }: { ended: boolean; limit: number }): Cut {
+export function takeLine(input: Buffer, { ended, limit }: { ended: boolean; limit: number }) {
   const newline = input.indexOf(10);
   const end = newline < 0 ? input.length : newline;
   if (end - (input[end - 1] === 13 ? 1 : 0) > limit) return "too long";
@@ -660,8 +621,8 @@ const META = "io.modelcontextprotocol/";
 const SERVER_INFO = { name: "breaker", title: "Cost circuit breaker", version: VERSION };
 const INSTRUCTIONS =
   "Before spending tokens of an OpenAI account, and again every few minutes while doing so, call " +
-  "breaker_status. If open is true, stop spending, tell the person why, and do not retry.";
-
+  "breaker_status. If open is true, stop spending, tell the person why, and do not retry. " +
+  "The reason unknown means that the costs cannot be read, which is no permission to spend.";
 const TOOL = "breaker_status";
 const VERSION_KEY = `${META}protocolVersion`;
 const CAPABILITIES_KEY = `${META}clientCapabilities`;
@@ -679,11 +640,7 @@ function describeTool(): Json {
   return {
     name: TOOL,
     title: "OpenAI cost breaker",
-    description:
-      "Tells whether this OpenAI account incurred a cost today or yesterday (UTC). Call it before work " +
-      "that spends tokens, and every few minutes during it. If open is false, go on. If open is true, stop " +
-      "spending at once, tell the person the message and do not retry: the person decides how to go on. " +
-      "The reason unknown means that the costs cannot be read, which is no permission to spend.",
+    description: `Tells whether this OpenAI account incurred a cost today or yesterday (UTC). ${INSTRUCTIONS}`,
     inputSchema: { type: "object", additionalProperties: false },
     outputSchema,
     annotations: { readOnlyHint: true, openWorldHint: false },
@@ -716,16 +673,14 @@ export function readMcp(line: string): Question {
   const known = ParamsSchema.safeParse(params ?? {});
   if (!known.success) return fail(id, { code: -32602, message: explain(known.error) });
   const meta = known.data._meta ?? {};
-  const modern = VERSION_KEY in meta || CAPABILITIES_KEY in meta;
-  if (modern) {
-    const requested = meta[VERSION_KEY];
-    if (typeof requested === "string" && requested !== MODERN_VERSION) {
-      const data = { supported: [MODERN_VERSION], requested };
-      return fail(id, { code: -32022, message: "Unsupported protocol version", data });
-    }
-    const complete = MetaSchema.safeParse(meta);
-    if (!complete.success) return fail(id, { code: -32602, message: `_meta.${explain(complete.error)}` });
+  const requested = meta[VERSION_KEY];
+  if (typeof requested === "string" && requested !== MODERN_VERSION) {
+    const data = { supported: [MODERN_VERSION], requested };
+    return fail(id, { code: -32022, message: "Unsupported protocol version", data });
   }
+  const modern = VERSION_KEY in meta || CAPABILITIES_KEY in meta;
+  const incomplete = modern ? MetaSchema.safeParse(meta).error : null;
+  if (incomplete) return fail(id, { code: -32602, message: `_meta.${explain(incomplete)}` });
   return readRequest(id, { method, params: known.data, modern });
 }
 
@@ -752,9 +707,9 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
       return succeed({ supportedVersions: [MODERN_VERSION], ...about, ...cached });
     case "modern subscriptions/listen": {
       if (!JsonSchema.safeParse(params["notifications"]).success) return invalid("notifications: expected an object");
-      const acknowledged = { _meta: { [`${META}subscriptionId`]: id }, notifications: {} };
-      const notification = { method: "notifications/subscriptions/acknowledged", params: acknowledged };
-      return say(JSON.stringify({ jsonrpc: "2.0", ...notification }));
+      const about = { _meta: { [`${META}subscriptionId`]: id }, notifications: {} };
+      const method = "notifications/subscriptions/acknowledged";
+      return say(JSON.stringify({ jsonrpc: "2.0", method, params: about }));
     }
     case "modern tools/list":
     case "handshake tools/list":
@@ -763,31 +718,96 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
     case "modern tools/call":
     case "handshake tools/call":
       if (params["name"] !== TOOL) return invalid(`name: expected ${TOOL}, the only tool`);
-      return { needsLook: true, reply: (view) => format(formatStatus(view.describe())) };
+      return { needsLook: true, reply: (info) => format(formatStatus(info)) };
     default:
       return fail(id, { code: -32601, message: "No such method" });
   }
 }
 
-// ── Effects: child processes and the key ────────────────────────────────────────────────────────
+// ── Passing on ──────────────────────────────────────────────────────────────────────────────────
+// What the gateway makes of requests and answers. Bodies are latin1 here, one letter a byte: nothing is cut inside
+// a letter, and what is put together again is the same to the byte.
 
-/** What the program has around it; a test brings its own. */
-export interface Surroundings {
-  env: Env;
-  /** The wall clock, ms since 1970. */
-  now: () => number;
-  /** The lines of stdin. */
-  lines: AsyncIterable<string>;
-  /** To stdout as it is, and to stderr as a line. */
-  print: (text: string) => Promise<unknown>;
-  log: (text: string) => void;
-  /** Whether stdout is a terminal that wants colours. */
-  isColoured: boolean;
+/** Cuts the complete events off a stream, each with its blank line: `"data: 1\n\nda"` → `[["data: 1\n\n"], "da"]` */
+export function cutEvents(text: string): [events: string[], rest: string] {
+  const events = text.match(/[^]*?\n\r?\n/gy) ?? [];
+  return [events, text.slice(events.join("").length)];
 }
 
-/** What effects work with. */
+/** The JSON of a body, or of the `data` of an event; undefined where it holds none. */
+export function readJson(text: string, { isEvent }: { isEvent: boolean }): unknown {
+  const data = text.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+  const json = isEvent ? data.map((line) => line.slice("data:".length)).join("\n") : text;
+  return parseJson(Buffer.from(json, "latin1").toString());
+}
+
+/**
+ * A request for a stream with the wish for its usage spliced in; null where it needs none:
+ * `{"stream":true}` → `{"stream_options":{"include_usage":true},"stream":true}`
+ */
+export function askForUsage(body: string): string | null {
+  const read = (text: string) => StreamRequestSchema.safeParse(parseJson(text)).data;
+  const { stream_options: given } = read(body) ?? { stream_options: WISH };
+  if (given?.include_usage) return null;
+  const wish = `"stream_options":${JSON.stringify({ ...given, ...WISH })}`;
+  const old = given === undefined ? "{" : /"stream_options"\s*:\s*(null|\{[^{}]*\})/;
+  const spliced = body.replace(old, () => (given === undefined ? `{${wish},` : wish));
+  return read(spliced)?.stream_options?.include_usage ? spliced : null;
+}
+
+/** Headers that are about a connection, not about what it carries (RFC 9110, section 7.6.1). */
+const HOP_BY_HOP = "connection,keep-alive,proxy-connection,proxy-authenticate,proxy-authorization,te,trailer,upgrade";
+
+/** The headers to pass on: not those of this connection, what `Connection` names, and the `others`. */
+export function passHeaders(headers: Headers, others: string): Headers {
+  const passed = new Headers(headers);
+  const names = `${HOP_BY_HOP},transfer-encoding,${others},${headers.get("connection")}`;
+  const dropped = names.toLowerCase().split(/[\s,]+/);
+  for (const name of [...passed.keys()]) if (dropped.includes(name)) passed.delete(name);
+  return passed;
+}
+
+/** A refusal in OpenAI's shape of an error, so that every client shows the message; only 502 may be tried again. */
+function refuse(status: number, code: string, message: string): Response {
+  const headers = status === 502 ? {} : { "x-should-retry": "false" };
+  return Response.json({ error: { message, type: code, param: null, code } }, { status, headers });
+}
+
+/** Refuses what no program of this machine asks: a web page must neither spend nor read. Null for what may pass. */
+export function screen({ url, headers }: Pick<Request, "url" | "headers">, port: number): Response | null {
+  const isFromPage = headers.has("origin") || headers.has("sec-fetch-site");
+  const hosts = ["127.0.0.1", "localhost", "[::1]"].map((name) => `${name}:${port}`);
+  if (isFromPage || !hosts.includes(headers.get("host")?.toLowerCase() ?? "")) {
+    return refuse(403, "not_allowed", "This gateway is for programs on this machine, not for web pages");
+  }
+  const isBase = new URL(url).pathname.startsWith("/v1/"); // Only now: a Host can make the URL none.
+  if (!isBase) return refuse(404, "not_found", `The base URL of this gateway is http://127.0.0.1:${port}/v1`);
+  const isSocket = headers.get("upgrade")?.toLowerCase() === "websocket";
+  return isSocket ? refuse(426, "no_websocket", "This gateway speaks no WebSocket; use HTTP") : null;
+}
+
+// ── Effects: child processes and the key ────────────────────────────────────────────────────────
+
+/** What the program has around it; a test brings its own. `now` is the wall clock, in ms since 1970. */
+export interface Surroundings {
+  env: Env;
+  now: () => number;
+  /** Stdin by lines, text to stdout as it is (a terminal may want colours), and a line to stderr. */
+  lines: AsyncIterable<string>;
+  print: (text: string) => Promise<unknown>;
+  isColoured: boolean;
+  log: (text: string) => void;
+}
+
+/** A TCP address, and how long to wait for an answer from it. */
+export type Address = Pick<Options, "host" | "port" | "timeoutMs">;
+
+/** What a command works with: also where the running breaker is, and the words after `--`. */
 export interface World extends Surroundings {
   options: Options;
+  address: Address;
+  rest: string[];
+  self: Self;
   /** Ends the command in good order, and aborts `signal`: nothing that was started outlives it. */
   stop: () => void;
   signal: AbortSignal;
@@ -795,7 +815,6 @@ export interface World extends Surroundings {
 
 /** How long a peer that makes no progress gets, a breaker that is gone, and a command that was told to end. */
 const PATIENCE_MS = 10 * SECOND;
-const CHILD_LIMIT_MS = 30 * SECOND;
 const MAX_READ_BYTES = 1024 * 1024;
 
 function messageOf(error: unknown): string {
@@ -815,10 +834,10 @@ async function waitWhile(holds: () => boolean, limitMs: number): Promise<boolean
 /** All bytes of a stream; throws where there are more than 1 MiB. */
 async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
   const chunks: Uint8Array[] = [];
-  let size = 0;
+  let left = MAX_READ_BYTES;
   for await (const chunk of stream) {
-    size += chunk.byteLength;
-    if (size > MAX_READ_BYTES) throw new Error("it is over 1 MiB");
+    left -= chunk.byteLength;
+    if (left < 0) throw new Error("it is over 1 MiB");
     chunks.push(chunk);
   }
   return Buffer.concat(chunks);
@@ -839,26 +858,19 @@ function kill(pid: number, signal: NodeJS.Signals | 0): boolean {
   }
 }
 
-/** The signals that end a command, or that it makes something of. */
-const SIGNALS: NodeJS.Signals[] = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2"];
-
-/** Lets `hear` have the signals, until `end`. */
+/** Lets `hear` have the signals that end a command, or that it makes something of, until `end`. */
 function hearSignals(hear: (name: NodeJS.Signals) => void, end: AbortSignal): void {
-  for (const name of SIGNALS) {
+  for (const name of ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2"] as const) {
     const listener = () => hear(name);
     process.on(name, listener);
     end.addEventListener("abort", () => process.off(name, listener));
   }
 }
 
-/** What runs a program: its environment, what ends it early, and what it reads. */
 type Run = { env: Env; signal: AbortSignal; input?: string; limitMs?: number };
 
-/**
- * Runs a program in a process group of its own; gives what it printed and its exit code. Throws where it cannot be
- * started, or was killed with its group: after `limitMs`, by `signal`, or for printing more than 1 MiB.
- */
-export async function runProgram(argv: string[], { env, signal, input, limitMs = CHILD_LIMIT_MS }: Run) {
+/** Runs a program in its own process group; gives its output and exit code. Throws where it is killed with that. */
+export async function runProgram(argv: string[], { env, signal, input, limitMs = 30 * SECOND }: Run) {
   signal.throwIfAborted();
   const stdin = input === undefined ? "ignore" : Buffer.from(input);
   const child = Bun.spawn(argv, { env, stdin, stdout: "pipe", stderr: "pipe", detached: true });
@@ -875,40 +887,34 @@ export async function runProgram(argv: string[], { env, signal, input, limitMs =
   }
 }
 
-/** The first line of `pass show -- ENTRY`; throws an Error that says what to do. */
-async function readPass({ options: { passEntry: entry }, env, signal }: World): Promise<string> {
-  try {
-    const { code, stdout, stderr } = await runProgram(["pass", "show", "--", entry], { env: childEnv(env), signal });
-    if (code !== 0) throw new Error(stderr.trim() || `exit code ${code}`);
-    const [line = ""] = stdout.split("\n", 1);
-    return line === entry ? "" : line; // Of a folder, pass prints the name and a tree.
-  } catch (error) {
+/** The key: OPENAI_ADMIN_KEY, else the first line of `pass show -- ENTRY`; throws an Error that says what to do. */
+async function readKey({ options: { passEntry: entry, drill }, env, signal }: World): Promise<string> {
+  if (drill) return "drill";
+  const given = env["OPENAI_ADMIN_KEY"];
+  const pass = given ? null : runProgram(["pass", "show", "--", entry], { env: childEnv(env), signal });
+  const shown = await pass?.catch((error) => ({ code: null, stdout: "", stderr: messageOf(error) }));
+  if (shown && shown.code !== 0) {
     const store = `store an admin key with: pass insert ${entry} (or set OPENAI_ADMIN_KEY)`;
     const advice = `install pass, ${store}, or unlock it once in a terminal with: pass show ${entry}`;
-    throw new Error(`pass show ${entry} failed, ${redact(messageOf(error))}; ${advice}`);
+    const cause = redact(shown.stderr.trim()) || `exit code ${shown.code}`;
+    throw new Error(`pass show ${entry} failed, ${cause}; ${advice}`);
   }
-}
-
-/** The key, OPENAI_ADMIN_KEY or else from pass; throws an Error that says what to do. */
-async function readKey(world: World): Promise<string> {
-  if (world.options.drill) return "drill";
-  const given = world.env["OPENAI_ADMIN_KEY"];
-  const key = KeySchema.safeParse((given || (await readPass(world))).trim());
-  if (key.success) return key.data;
-  const place = given ? "OPENAI_ADMIN_KEY" : `the first line of ${world.options.passEntry} in pass`;
+  const line = (given || shown?.stdout || "").split("\n", 1).join().trim();
+  if (/^[\x21-\x7e]+$/.test(line) && line !== entry) return line; // Of a folder, pass prints the name and a tree.
+  const place = given ? "OPENAI_ADMIN_KEY" : `the first line of ${entry} in pass`;
   throw new Error(`${place} does not look like a key; put an admin key there`);
 }
 
 // ── Effects: the look ───────────────────────────────────────────────────────────────────────────
 
+/** Of every request: nothing is decompressed, followed, printed, or taken from a host that proves no name. */
+const ON_WIRE = { decompress: false, redirect: "manual", verbose: false, tls: { rejectUnauthorized: true } } as const;
 const MAX_PAGES = 20;
 const MAX_CLOCK_SKEW_MS = 10 * MINUTE;
-const KEYS_URL = "https://platform.openai.com/settings/organization/admin-keys";
 
 /** A list to read, page by page; `path` has a query. */
 type Endpoint = { what: string; path: string; read: (body: unknown) => Page };
 
-/** The endpoints that a look at `now` asks. */
 function listEndpoints(options: Options, now: number): Endpoint[] {
   const { yesterday, today, tomorrow } = listDays(now);
   if (resolveSource(options) === "billing") {
@@ -917,13 +923,11 @@ function listEndpoints(options: Options, now: number): Endpoint[] {
   }
   const daysFrom = (start: string) => `start_time=${Date.parse(start) / SECOND}&bucket_width=1d&limit=31`;
   const projects = options.projects.map((id) => `&project_ids%5B%5D=${encodeURIComponent(id)}`).join("");
-  const costs = `/organization/costs?${daysFrom(yesterday)}${projects}`;
+  const path = `/organization/costs?${daysFrom(yesterday)}${projects}`;
+  const costs: Endpoint = { what: "the costs", path, read: (body) => readPage(body, CostRowSchema) };
+  if (options.allowances.length === 0) return [costs];
   const usage = `/organization/usage/completions?${daysFrom(today)}&group_by%5B%5D=model`;
-  const endpoints: Endpoint[] = [
-    { what: "the costs", path: costs, read: (body) => readPage(body, CostRowSchema) },
-    { what: "the token usage", path: usage, read: (body) => readPage(body, UsageRowSchema) },
-  ];
-  return options.allowances.length > 0 ? endpoints : endpoints.slice(0, 1);
+  return [costs, { what: "the token usage", path: usage, read: (body) => readPage(body, UsageRowSchema) }];
 }
 
 /** What to do about an answer with another status than 200. */
@@ -932,8 +936,9 @@ function advise(status: number, options: Options): string {
   if (status === 404) return "check --base-url and --source";
   if (status !== 401 && status !== 403) return "the next look comes by itself";
   if (resolveSource(options) === "billing") return "check the key; api.openai.com wants --source costs";
-  const store = `run: pass insert ${options.passEntry} (or set OPENAI_ADMIN_KEY)`;
-  return `create an admin key with the scope api.usage.read at ${KEYS_URL} and ${store}`;
+  const create = "create an admin key with the scope api.usage.read at";
+  const store = `and run: pass insert ${options.passEntry} (or set OPENAI_ADMIN_KEY)`;
+  return `${create} https://platform.openai.com/settings/organization/admin-keys ${store}`;
 }
 
 /** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
@@ -955,16 +960,11 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
   return body;
 }
 
-/** Reads all pages of an endpoint, and lets `seen` have the entries of each. */
-async function readPages(
-  { path, read }: Endpoint,
-  { ask, seen }: { ask: (path: string) => Promise<unknown>; seen: (entries: Entry[]) => void },
-): Promise<void> {
+/** Reads a list to its end: `ask` takes what to add to the query for a page, and gives the cursor of the next. */
+async function readPages(ask: (query: string) => Promise<string | null>): Promise<void> {
   const cursors = new Set<string>();
   for (let query = ""; cursors.size < MAX_PAGES;) {
-    const { entries, next, problem } = read(await ask(path + query));
-    seen(entries);
-    if (problem !== null) throw new Error(problem);
+    const next = await ask(query);
     if (next === null) return;
     if (cursors.has(next)) throw new Error("next_page repeats itself, the pages have no end");
     cursors.add(next);
@@ -982,14 +982,11 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
   let key: Promise<string> | null = null;
   const forgetKey = () => void (key = null);
 
-  async function request(path: string, { secret, look }: { secret: string; look: Reading }): Promise<unknown> {
+  async function request(path: string, { secret, look }: { secret: string | void; look: Reading }): Promise<unknown> {
     const asked = fetch(`${options.baseUrl}${path}`, {
       headers: { authorization: `Bearer ${secret}`, "accept-encoding": "identity" },
-      decompress: false,
-      redirect: "manual",
+      ...ON_WIRE,
       keepalive: false,
-      verbose: false,
-      tls: { rejectUnauthorized: true },
       signal: AbortSignal.any([signal, AbortSignal.timeout(options.timeoutMs)]),
     });
     const response = await asked.catch((error) => {
@@ -1002,20 +999,22 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
 
   async function look(onSeen: (sums: Sums) => void): Promise<Reading> {
     const beganMs = now();
-    const look: Reading = { ...UNSEEN, asOfMs: beganMs, sums: startSums(beganMs, options) };
-    const note = (what: string) => (error: unknown) => {
-      look.error ??= `Cannot read ${what}: ${messageOf(error)}`;
-    };
+    const { yesterday, today } = listDays(beganMs);
+    // A good look is complete: a day without a row had no cost.
+    const names = [yesterday, today, ...options.allowances.map(({ models }) => nameSum(today, models))];
+    const look: Reading = { ...UNSEEN, asOfMs: beganMs, sums: Object.fromEntries(names.map((name) => [name, 0])) };
+    const note = (what: string) => (error: unknown) => void (look.error ??= `Cannot read ${what}: ${messageOf(error)}`);
     const secret = await (key ??= readKey(world)).catch(note("the key"));
-    if (!secret) {
-      forgetKey();
-      return look;
-    }
-    const ask = (path: string) => request(path, { secret, look });
-    const seen = (entries: Entry[]) => onSeen((look.sums = addEntries(look.sums, { entries, options })));
-    const reads = listEndpoints(options, beganMs).map((endpoint) =>
-      readPages(endpoint, { ask, seen }).catch(note(endpoint.what)),
-    );
+    if (!secret) forgetKey();
+    const reads = listEndpoints(options, beganMs).map(({ what, path, read }) => {
+      const ask = async (query: string) => {
+        const { entries, next, problem } = read(await request(path + query, { secret, look }));
+        onSeen((look.sums = addEntries(look.sums, { entries, options })));
+        if (problem !== null) throw new Error(problem);
+        return next;
+      };
+      return secret ? readPages(ask).catch(note(what)) : null;
+    });
     await Promise.all(reads);
     return look;
   }
@@ -1029,63 +1028,52 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
 /** When the wall clock moves so far from the monotonic one, the machine was asleep, or somebody set it. */
 const CLOCK_JUMP_MS = 10 * SECOND;
 
-/**
- * Looks again and again until the end. The answers are settled once a look has ended that began since the clocks last
- * jumped apart; `onAnswer` hears only those.
- */
+/** Looks on and on; `onAnswer` hears answers once a look has ended that began since the clocks last jumped apart. */
 export function startWatch(world: World, { look, onAnswer }: { look: Look; onAnswer: (info: Info) => void }) {
-  const { options, now, signal } = world;
-  const startedMs = now();
-  const readLead = () => now() - performance.now();
-  let leadMs = readLead();
+  const { options, self, now, signal } = world;
+  let leadMs = now() - performance.now();
+  /** What the gateway has counted, and what is known with it: name by name the larger. */
+  let live: Sums = {};
   let reading = UNSEEN;
+  let described: { atMs: number; info: Info } | null = null;
   let isSettled = false;
   /** What questions wait for before the answers are settled, `--timeout` at most; null when the wait is over. */
   let wait: PromiseWithResolvers<void> | null = null;
   let alarm = Promise.withResolvers<void>();
-  let described: { atMs: number; reading: Reading; info: Info } | null = null;
 
   function beginWait(): void {
     isSettled = false;
     const begun = (wait ??= Promise.withResolvers<void>());
-    setTimeout(() => begun === wait && endWait(), options.timeoutMs);
+    setTimeout(begun.resolve, options.timeoutMs);
+    void begun.promise.then(() => begun === wait && (wait = null));
   }
 
-  function endWait(): void {
-    wait?.resolve();
-    wait = null;
+  function learn(next: Reading): void {
+    reading = { ...next, sums: raiseSums(next.sums, live) };
+    described = null;
   }
 
   /** INFO as of now, made once for all who ask within the same millisecond. */
   function describeNow(): Info {
     const atMs = now();
-    if (described?.atMs !== atMs || described.reading !== reading) {
-      described = { atMs, reading, info: describe({ now: atMs, reading, options, startedMs }) };
-    }
+    if (described?.atMs !== atMs) described = { atMs, info: describe({ now: atMs, reading, options, ...self }) };
     return described.info;
   }
 
   function noticeJump(): void {
-    const movedMs = readLead() - leadMs;
+    const movedMs = now() - performance.now() - leadMs;
     if (Math.abs(movedMs) <= CLOCK_JUMP_MS) return;
     leadMs += movedMs;
     // By a clock that was set back, nobody can tell how old the last good look is.
-    if (movedMs < 0) reading = { ...reading, asOfMs: null, error: "this machine's clock was set back" };
+    if (movedMs < 0) learn({ ...reading, asOfMs: null, error: "this machine's clock was set back" });
     beginWait();
     alarm.resolve();
   }
 
-  /** Takes in what a look has found that began while the clocks were `beganLeadMs` apart. */
-  function take(found: Reading, beganLeadMs: number): void {
+  /** To be called every second: age and midnight change the answer without a look. */
+  function tick(): void {
     noticeJump();
-    if (leadMs !== beganLeadMs) {
-      reading = { ...reading, sums: raiseSums(reading.sums, found.sums) };
-      return;
-    }
-    reading = mergeLook(reading, found);
-    isSettled = true;
-    endWait();
-    onAnswer(describeNow());
+    if (isSettled && !signal.aborted) onAnswer(describeNow());
   }
 
   async function keepLooking(): Promise<void> {
@@ -1094,32 +1082,33 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
       if (signal.aborted) return;
       alarm = Promise.withResolvers();
       const beganLeadMs = leadMs;
-      const found = await look((seen) => (reading = { ...reading, sums: raiseSums(reading.sums, seen) }));
-      if (signal.aborted) return;
-      take(found, beganLeadMs);
+      const found = await look((seen) => learn({ ...reading, sums: raiseSums(reading.sums, seen) }));
+      noticeJump();
+      if (leadMs === beganLeadMs) {
+        learn(mergeLook(reading, found));
+        isSettled = true;
+        wait?.resolve();
+      }
+      tick();
       failures = found.error === null ? 0 : failures + 1;
-      const delayMs = failures === 0 ? options.intervalMs : computeBackoff(failures, { ...options, ...found });
-      const timer = setTimeout(alarm.resolve, delayMs);
-      void alarm.promise.then(() => clearTimeout(timer));
+      setTimeout(alarm.resolve, failures > 0 ? computeBackoff(failures, { ...options, ...found }) : options.intervalMs);
     }
   }
 
-  signal.addEventListener("abort", () => {
-    alarm.resolve();
-    endWait();
-  });
+  signal.addEventListener("abort", () => [alarm, wait].forEach((awaited) => awaited?.resolve()));
   beginWait();
   void keepLooking();
   return {
-    decide: () => decide({ now: now(), reading, options }),
     describe: describeNow,
+    tick,
+    /** Counts tokens that were seen to be spent, and trips at once. */
+    count(entry: Entry): void {
+      live = addEntries(live, { entries: [entry], options });
+      learn(reading);
+      tick();
+    },
     /** Looks now, or once more where a look is under way; the first call starts the watch. */
     hurry: () => alarm.resolve(),
-    /** To be called every second: age and midnight change the answer without a look. */
-    tick(): void {
-      noticeJump();
-      if (isSettled) onAnswer(describeNow());
-    },
     /** Resolves when a question can be answered; null when it can be now. */
     settled(): Promise<void> | null {
       noticeJump();
@@ -1135,19 +1124,16 @@ export type Watch = ReturnType<typeof startWatch>;
 const MAX_CONNECTIONS = 1024;
 /** So that idle agents leave room for everybody else. */
 const MAX_MCP_CONNECTIONS = MAX_CONNECTIONS / 2;
-/** How much a connection is answered at a time, and how much may wait unread or unsent on all together. */
-const REPLIES_LENGTH = 64 * 1024;
+/** What may wait on all together, unread or unsent; each is answered 64 KiB at a time. */
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
 interface Peer {
-  /** Its next line is awaited; that line waits for a look, unread; its last answer is on the way; it was told so. */
-  phase: "asking" | "waiting" | "answered" | "closed";
-  /** Whether each of its lines is a message of MCP. */
+  /** Whether each of its lines is a message of MCP, whether it has sent its last, whether it got its last answer. */
   isMcp: boolean;
-  /** Whether the client has closed its half. */
   ended: boolean;
+  isDone: boolean;
+  /** What has not been read yet, and what the socket has not taken yet. */
   input: Buffer;
-  /** What the socket has not taken yet. */
   unsent: Buffer;
   /** When to cut the connection off, ms on the monotonic clock. */
   deadlineMs: number;
@@ -1157,89 +1143,87 @@ type Socket = Bun.Socket<Peer>;
 
 /** What a peer asks next, and what it has sent behind that; null where that is not known yet. */
 function readQuestion(socket: Socket, { isCrowded }: { isCrowded: () => boolean }) {
-  const { phase, input, ended } = socket.data;
-  if (phase !== "asking") return null;
+  const { isDone, input, ended } = socket.data;
+  const isMcp = socket.data.isMcp || beginsMcp(input);
+  if (isDone || (input.length === 0 && (isMcp || !ended))) return null;
   // This machine is on loopback, or at the very address that it connected to.
   const isLocal = () => isLoopback(socket.remoteAddress) || socket.remoteAddress === socket.localAddress;
-  const isMcp = socket.data.isMcp || beginsMcp(input);
   const last = (question: Question) => ({ question, rest: NOTHING, isMcp: false });
-  if (isMcp && !socket.data.isMcp && !isLocal()) return last(NOT_ALLOWED);
-  if (isMcp && !socket.data.isMcp && isCrowded()) return last(BUSY);
+  if (isMcp && !socket.data.isMcp && !isLocal()) return last(say("ERR Not Allowed"));
+  if (isMcp && !socket.data.isMcp && isCrowded()) return last(say("ERR Busy"));
   const cut = takeLine(input, { ended, limit: isMcp ? MAX_MCP_LINE_BYTES : MAX_LINE_BYTES });
-  if (cut === "incomplete" || (isMcp && input.length === 0)) return null;
-  if (cut === "too long") return last(TOO_LONG);
+  if (cut === "incomplete") return null;
+  if (cut === "too long") return last(say("ERR Line Too Long"));
   return isMcp ? { question: readMcp(cut.line), rest: cut.rest, isMcp } : last(findQuestion(cut.line, { isLocal }));
 }
 
-/** Hands the socket what it takes. */
-function send(socket: Socket, bytes: Buffer): void {
+/** Hands the socket what it takes of all that is unsent; true where nothing is left. */
+function flush(socket: Socket): boolean {
   const peer = socket.data;
-  const taken = Math.max(socket.write(bytes), 0);
+  const taken = peer.unsent.length > 0 ? Math.max(socket.write(peer.unsent), 0) : 0;
   if (taken > 0 || peer.deadlineMs === Infinity) peer.deadlineMs = performance.now() + PATIENCE_MS;
-  peer.unsent = taken < bytes.length ? bytes.subarray(taken) : NOTHING;
+  peer.unsent = peer.unsent.subarray(taken);
+  return peer.unsent.length === 0;
 }
 
 /** Makes the function that does all that can be done for a peer now. */
-function createPump(peers: Set<Socket>, watch: Pick<Watch, "decide" | "describe" | "settled">) {
-  let isResuming = false;
+function createPump(peers: Set<Socket>, watch: Watch) {
+  /** What all share who wait for a look. */
+  let resuming: Promise<void> | null = null;
   const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_MCP_CONNECTIONS;
   const countHeld = () => [...peers].reduce((sum, { data }) => sum + data.input.length + data.unsent.length, 0);
 
-  /** Takes up all that wait, once they can be answered. */
-  async function resumeAfter(wait: Promise<void>): Promise<void> {
-    if (isResuming) return;
-    isResuming = true;
-    await wait;
-    isResuming = false;
-    for (const socket of peers) {
-      if (socket.data.phase !== "waiting") continue;
-      socket.data.phase = "asking";
-      socket.resume();
-      pump(socket);
-    }
-  }
+  const resumeAll = () => {
+    resuming = null;
+    peers.forEach(pump);
+  };
 
-  /** What a peer is to be told now. */
-  function answer(socket: Socket): string {
+  /** Answers what a peer asks; true where its next line is left unread, since it has to wait for a look. */
+  function answer(socket: Socket): boolean {
     const peer = socket.data;
     let replies = "";
-    for (let asked; replies.length < REPLIES_LENGTH && (asked = readQuestion(socket, { isCrowded }));) {
+    let waits = false;
+    for (let asked; replies.length < MAX_MCP_LINE_BYTES && (asked = readQuestion(socket, { isCrowded }));) {
       peer.isMcp = asked.isMcp;
       const wait = asked.question.needsLook ? watch.settled() : null;
-      if (wait) {
-        peer.phase = "waiting";
-        void resumeAfter(wait);
-        break;
-      }
+      if (wait) resuming ??= wait.then(resumeAll);
+      if ((waits = wait !== null)) break;
       peer.input = asked.rest;
-      if (!peer.isMcp) peer.phase = "answered";
-      const reply = asked.question.reply(watch);
+      peer.isDone = !peer.isMcp;
+      const reply = asked.question.reply(watch.describe());
       if (reply !== null) replies += `${reply}\n`;
     }
-    return replies;
+    peer.unsent = Buffer.from(replies);
+    return waits;
   }
 
   function pump(socket: Socket): void {
     const peer = socket.data;
-    if (peer.unsent.length > 0) send(socket, peer.unsent);
-    for (let replies; peer.unsent.length === 0 && (replies = answer(socket));) send(socket, Buffer.from(replies));
+    let waits = false;
+    while (flush(socket) && !waits) {
+      waits = answer(socket);
+      if (peer.unsent.length === 0) break;
+    }
+    peer.input = Buffer.from(peer.input); // A copy, so that what was read before it is freed.
     const isSent = peer.unsent.length === 0;
-    if (isSent && (peer.phase === "waiting" || peer.isMcp)) peer.deadlineMs = Infinity;
-    if (!isSent || peer.phase === "waiting") {
+    if (isSent && (waits || peer.isMcp)) peer.deadlineMs = Infinity;
+    if (!isSent || waits) {
       socket.pause();
       if (countHeld() > MAX_HELD_BYTES) socket.terminate();
-    } else if (peer.phase === "answered" || (peer.isMcp && peer.ended && peer.input.length === 0)) {
-      peer.phase = "closed";
+    } else if (peer.isDone || (peer.isMcp && peer.ended && peer.input.length === 0)) {
+      peer.isDone = true;
       peer.deadlineMs = performance.now() + PATIENCE_MS;
-      socket.shutdown();
-    } else peer.input = Buffer.from(peer.input); // A copy, so that what was read before it is freed.
+      socket.resume();
+      if (peer.ended) socket.end();
+      else socket.shutdown();
+    } else socket.resume();
   }
 
   return pump;
 }
 
 /** Answers questions over TCP. Throws an Error where it cannot listen. */
-export function startServer({ options: { host, port } }: World, watch: Pick<Watch, "decide" | "describe" | "settled">) {
+export function startServer({ options: { host, port } }: World, watch: Watch) {
   const peers = new Set<Socket>();
   const pump = createPump(peers, watch);
   const listener = Bun.listen<Peer>({
@@ -1249,33 +1233,24 @@ export function startServer({ options: { host, port } }: World, watch: Pick<Watc
     socket: {
       open(socket) {
         const isBusy = peers.size >= MAX_CONNECTIONS;
+        const unsent = isBusy ? Buffer.from("ERR Busy\n") : NOTHING;
+        const deadlineMs = performance.now() + PATIENCE_MS;
+        socket.data = { isMcp: false, ended: false, isDone: isBusy, input: NOTHING, unsent, deadlineMs };
         if (peers.size >= 2 * MAX_CONNECTIONS) return void socket.terminate();
         peers.add(socket);
-        socket.data = {
-          phase: isBusy ? "answered" : "asking",
-          isMcp: false,
-          ended: false,
-          input: NOTHING,
-          unsent: isBusy ? Buffer.from(`${BUSY.reply(watch)}\n`) : NOTHING,
-          deadlineMs: performance.now() + PATIENCE_MS,
-        };
         if (isBusy) pump(socket);
       },
       data(socket, chunk) {
         const peer = socket.data;
-        if (peer.phase === "answered" || peer.phase === "closed") return;
+        if (peer.isDone) return;
         peer.input = peer.input.length > 0 ? Buffer.concat([peer.input, chunk]) : chunk;
         pump(socket);
       },
       end(socket) {
         socket.data.ended = true;
-        if (socket.data.phase === "closed") socket.end();
-        else pump(socket);
-      },
-      drain(socket) {
-        socket.resume();
         pump(socket);
       },
+      drain: pump,
       close: (socket) => void peers.delete(socket),
       error() {}, // The peer is gone, which close has said already.
     },
@@ -1285,23 +1260,142 @@ export function startServer({ options: { host, port } }: World, watch: Pick<Watc
     port: listener.port,
     /** To be called every second: cuts off peers whose time is up. */
     tick(): void {
-      const nowMs = performance.now();
-      for (const socket of peers) if (nowMs >= socket.data.deadlineMs) socket.terminate();
+      for (const socket of peers) if (performance.now() >= socket.data.deadlineMs) socket.terminate();
     },
     /** Listens no more, lets answers under way arrive for up to a second, then closes everything. */
     async stop(): Promise<void> {
       listener.stop();
-      await waitWhile(() => [...peers].some(({ data }) => data.phase !== "asking"), SECOND);
+      await waitWhile(() => [...peers].some(({ data }) => data.isDone), SECOND);
       listener.stop(true);
     },
   };
 }
 
+// ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
+// Programs reach the API through it, so that it can count what flows and cut it off without delay.
+
+/** A longer body is passed on unread. */
+const MAX_READ_LENGTH = 16 * 1024 * 1024;
+
+type Passage = { isEvents: boolean; isAsked: boolean; hear: (json: unknown) => void };
+
+/** Passes a body on as it comes, less the event that was asked for, and lets `hear` have each object in it. */
+async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hear }: Passage) {
+  let text = "";
+  const read = (part: string) => {
+    const json = readJson(part, { isEvent: isEvents });
+    hear(json);
+    return isAsked && !UsageEventSchema.safeParse(json).success ? part : "";
+  };
+  for await (const chunk of body) {
+    const piece = Buffer.from(chunk).toString("latin1");
+    const [events, rest] = isEvents && piece.includes("\n") ? cutEvents(text + piece) : [[], text + piece];
+    text = rest.length > MAX_READ_LENGTH && !isAsked ? "" : rest;
+    const shown = events.map(read).join("");
+    if (!isAsked) yield chunk;
+    else if (shown) yield Buffer.from(shown, "latin1");
+  }
+  const last = read(text);
+  if (last) yield Buffer.from(last, "latin1");
+}
+
+/** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
+export function startGateway({ options, now, log }: World, watch: Watch) {
+  /** The answers that were counted today: one that is polled tells its usage again and again. */
+  const counted = new Set<string>();
+  let countedOn = "";
+
+  function count({ id, model, usage, created, created_at = created }: Spending): void {
+    const { today } = listDays(now());
+    const day = created_at === undefined ? today : formatDay(created_at * SECOND);
+    if (today !== countedOn) counted.clear();
+    countedOn = today;
+    if (usage === null || counted.has(id)) return;
+    counted.add(id);
+    watch.count({ day, model, amount: usage });
+  }
+
+  /** What to send on of a request, and whether that asks for the usage of a stream. */
+  async function readBody(request: Request) {
+    const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
+    const isShort = Number(request.headers.get("content-length") ?? 0) <= MAX_READ_LENGTH;
+    if (!isChat || !isShort || options.allowances.length === 0) return { body: request.body, isAsking: false };
+    const text = Buffer.from(await request.arrayBuffer()).toString("latin1");
+    const asking = askForUsage(text);
+    return { body: Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
+  }
+
+  /** Sends a request on and gives its answer; `hear` gets each object in it, `note` its status when it has ended. */
+  async function forward(request: Request, { hear, note }: Pick<Passage, "hear"> & { note: (status: number) => void }) {
+    const { pathname, search } = new URL(request.url);
+    const { body, isAsking } = await readBody(request);
+    const headers = passHeaders(request.headers, "host,expect");
+    headers.set("accept-encoding", "identity");
+    const { method, signal } = request;
+    const to = `${options.baseUrl}${pathname.slice("/v1".length)}${search}`;
+    const answer = await fetch(to, { method, headers, body, signal, ...ON_WIRE });
+    const { status, statusText, ok } = answer;
+    const [, type] = /^(application\/json|text\/event-stream)/.exec(answer.headers.get("content-type") ?? "") ?? [];
+    const isRead = ok && type !== undefined && !answer.headers.has("content-encoding");
+    const isEvents = type === "text/event-stream";
+    const isAsked = isAsking && isEvents && isRead;
+    async function* pass(body: AsyncIterable<Uint8Array>) {
+      try {
+        yield* isRead ? relay(body, { isEvents, isAsked, hear }) : body;
+      } finally {
+        note(status);
+      }
+    }
+    if (!answer.body) note(status);
+    const passed = passHeaders(answer.headers, isAsked ? "content-length" : "");
+    return new Response(answer.body && pass(answer.body), { status, statusText, headers: passed });
+  }
+
+  async function handle(request: Request): Promise<Response> {
+    const beganMs = performance.now();
+    let told: Spending | null = null;
+    const hear = (json: unknown) => {
+      const spending = AnswerSchema.safeParse(json).data;
+      if (spending) count(spending);
+      if (spending && told?.usage == null) told = spending;
+    };
+    const note = (status: number) => {
+      const path = URL.canParse(request.url) ? new URL(request.url).pathname : "?";
+      const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
+      const seconds = ((performance.now() - beganMs) / SECOND).toFixed(2);
+      log(redact(`${request.method} ${path} ${status}${spent} ${seconds} s`));
+    };
+    let refusal = screen(request, server.port ?? 0);
+    if (!refusal) await watch.settled();
+    const { open, message } = watch.describe();
+    if (open) refusal ??= refuse(403, "breaker_open", `Refused by the circuit breaker on this machine: ${message}`);
+    try {
+      if (!refusal) return await forward(request, { hear, note });
+    } catch (error) {
+      refusal = refuse(502, "upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
+    }
+    note(refusal.status);
+    return refusal;
+  }
+
+  const server = Bun.serve({
+    hostname: "127.0.0.1",
+    port: options.gateway || 0,
+    development: false, // Else Bun prints each answer that is cut.
+    reusePort: false, // Else, then, a port in use is shared.
+    idleTimeout: 0, // A model may think for minutes.
+    maxRequestBodySize: Number.MAX_SAFE_INTEGER,
+    fetch: handle,
+  });
+  return { url: `http://127.0.0.1:${server.port}/v1`, stop: () => server.stop(true) };
+}
+
 // ── Effects: hooks ──────────────────────────────────────────────────────────────────────────────
 
+/** Runs what the user wants to be run at a change of the answer; its failure is logged and changes nothing. */
 async function runHook(info: Info, { options, env, signal, log }: World): Promise<void> {
   const [name, command] = info.open ? ["--on-trip", options.onTrip] : ["--on-reset", options.onReset];
-  if (!command) return;
+  if (!command || signal.aborted) return;
   const variables = {
     BREAKER_OPEN: info.open ? "TRUE" : "FALSE",
     BREAKER_REASON: info.reason,
@@ -1318,60 +1412,25 @@ async function runHook(info: Info, { options, env, signal, log }: World): Promis
   }
 }
 
-/** Makes the function that runs the hooks: one at a time, while only the newest change of the answer waits. */
-function createHooks(world: World): (info: Info) => void {
-  let wasOpen = false;
-  let newest: Info | null = null;
-  let running: Promise<void> | null = null;
-  async function runAll(): Promise<void> {
-    for (let info; (info = newest) && !world.signal.aborted;) {
-      newest = null;
-      await runHook(info, world);
-    }
-    running = null;
-  }
-  return (info) => {
-    if (info.open === wasOpen) return;
-    wasOpen = info.open;
-    newest = info;
-    running ??= runAll();
-  };
-}
-
 // ── Effects: asking a running breaker ───────────────────────────────────────────────────────────
-
-/** A TCP address, and how long to wait for an answer from it. */
-type Address = Pick<Options, "host" | "port" | "timeoutMs">;
 
 /** Asks one question; throws an Error that says what to do where nothing answers. */
 export async function ask(question: string, { host, port, timeoutMs }: Address): Promise<string> {
   const hostname = host === "0.0.0.0" ? "127.0.0.1" : host === "::" ? "::1" : host;
-  const answered = Promise.withResolvers<void>();
-  const decoder = new TextDecoder();
+  const { connect } = await import("node:net"); // Only here, since it takes its time to load.
+  const socket = connect({ host: hostname, port }).setEncoding("utf8");
+  const timer = setTimeout(() => socket.destroy(new Error(`nothing came within ${timeoutMs / SECOND} s`)), timeoutMs);
   let text = "";
-  const refuse = (cause: string) =>
-    answered.reject(new Error(`No breaker answers at ${hostname}:${port}, ${cause}; start one with: bun breaker.ts`));
-  const timer = setTimeout(refuse, timeoutMs, `nothing came within ${Math.floor(timeoutMs / SECOND)} s`);
-  const connecting = Bun.connect({
-    hostname,
-    port,
-    socket: {
-      open: (socket) => void socket.write(`${question}\n`),
-      data(socket, chunk) {
-        text += decoder.decode(chunk, { stream: true });
-        if (text.length > MAX_READ_BYTES) socket.terminate();
-      },
-      close: () => (text.endsWith("\n") ? answered.resolve() : refuse("the connection closed without an answer")),
-      error: (_, error) => refuse(error.message),
-    },
-  });
-  connecting.catch((error) => refuse(messageOf(error)));
   try {
-    await answered.promise;
+    socket.write(`${question}\n`);
+    for await (const piece of socket) if ((text += piece).length > MAX_READ_BYTES) break;
+    if (!text.endsWith("\n")) throw new Error("the connection closed without an answer");
     return text.trimEnd();
+  } catch (error) {
+    throw new Error(`No breaker answers at ${hostname}:${port}, ${messageOf(error)}; start one with: bun breaker.ts`);
   } finally {
     clearTimeout(timer);
-    connecting.then((socket) => socket.terminate()).catch(() => {});
+    socket.destroy();
   }
 }
 
@@ -1392,13 +1451,10 @@ async function askInfo(address: Address): Promise<Info> {
 
 // ── Effects: stop and exec ──────────────────────────────────────────────────────────────────────
 
-/** What `ps` prints; nothing where it finds none, or cannot be run. */
+/** What `ps` prints; nothing where it finds none, or is not there. */
 function runPs(...args: string[]): string {
-  try {
-    return Bun.spawnSync(["ps", "-ww", ...args], { env: { PATH: "/usr/bin:/bin" } }).stdout.toString();
-  } catch {
-    return "";
-  }
+  const ps = Bun.which("ps", { PATH: "/usr/bin:/bin" });
+  return ps ? Bun.spawnSync([ps, "-ww", ...args]).stdout.toString() : "";
 }
 
 /** Whether `pid` is a breaker that serves from this file at `port`, as far as its arguments tell. */
@@ -1411,11 +1467,11 @@ function isBreaker(pid: number, port: number): boolean {
 }
 
 /** Ends the breaker that answers at `address`, and waits until it is gone; throws where that cannot be. */
-async function stopBreaker(address: Address): Promise<number> {
+async function stopBreaker({ address }: World): Promise<number> {
   const { pid } = await askInfo(address);
   if (!isBreaker(pid, address.port)) {
-    const advice = "stop it where it runs, or with: kill";
-    throw new Error(`Process ${pid} is no breaker that runs here as bun breaker.ts at ${address.port}; ${advice}`);
+    const place = `runs here as bun breaker.ts at ${address.port}`;
+    throw new Error(`Process ${pid} is no breaker that ${place}; stop it where it runs, or with: kill`);
   }
   if (!kill(pid, "SIGTERM")) throw new Error(`Process ${pid} cannot be stopped; try it as the user who started it`);
   if (await waitWhile(() => isBreaker(pid, address.port), address.timeoutMs)) return EXIT.closed;
@@ -1445,18 +1501,19 @@ async function endCommand({ pid, exited }: Bun.Subprocess): Promise<void> {
   await exited;
 }
 
-async function explainTrip(address: Address): Promise<string> {
-  const info = await askInfo({ ...address, timeoutMs: SECOND }).catch(() => null);
-  return redact(info?.message ?? "TRUE");
+/** INFO, where the breaker takes this machine for its own, else null; for what nobody waits long. */
+function tryInfo({ address }: World): Promise<Info | null> {
+  return askInfo({ ...address, timeoutMs: SECOND }).catch(() => null);
 }
 
 /** Asks every second, and gives the reason once the breaker is open, or unknown for too long. */
-async function waitForTrip(address: Address, { options, child }: { options: Options; child: Bun.Subprocess }) {
+async function waitForTrip(world: World): Promise<string | null> {
+  const { address, options, signal } = world;
   for (let failingSinceMs = Infinity; ;) {
     await Bun.sleep(SECOND);
-    if (child.exitCode !== null || child.signalCode !== null) return null;
+    if (signal.aborted) return null;
     try {
-      if (await askStatus(address)) return await explainTrip(address);
+      if (await askStatus(address)) return (await tryInfo(world))?.message ?? "TRUE";
       failingSinceMs = Infinity;
     } catch (error) {
       const nowMs = performance.now();
@@ -1466,16 +1523,18 @@ async function waitForTrip(address: Address, { options, child }: { options: Opti
   }
 }
 
-/**
- * Runs a command as long as the breaker is closed; gives its exit code, 75 where the breaker refused or
- * stopped it. Throws where no breaker answers at the start.
- */
-async function guard(argv: string[], { world, address }: { world: World; address: Address }): Promise<number> {
-  const { options, env, log } = world;
-  if (await askStatus(address)) {
-    log(`the breaker is open, ${argv[0]} was not started: ${await explainTrip(address)}`);
+/** Runs a command while the breaker is closed; gives its exit code, or 75. Throws where at first no breaker answers. */
+async function guard(world: World): Promise<number> {
+  const { address, rest: argv, env, log, signal } = world;
+  const isOpen = await askStatus(address);
+  const info = await tryInfo(world);
+  if (isOpen) {
+    log(`the breaker is open, ${argv[0]} was not started: ${redact(info?.message ?? "TRUE")}`);
     return EXIT.stopped;
   }
+  const given = env["OPENAI_BASE_URL"];
+  const gateway = given || !info?.gateway ? {} : { OPENAI_BASE_URL: info.gateway };
+  if (given && info?.gateway) log(`OPENAI_BASE_URL is set already, so that the gateway at ${info.gateway} is not used`);
   let child: Bun.Subprocess | null = null;
   const hasTerminal = [0, 1, 2].some(isatty);
   const passOn = (name: NodeJS.Signals) => {
@@ -1483,21 +1542,38 @@ async function guard(argv: string[], { world, address }: { world: World; address
     const isTyped = hasTerminal && (name === "SIGINT" || name === "SIGQUIT");
     if (!isTyped) child?.kill(name);
   };
-  hearSignals(passOn, world.signal);
+  hearSignals(passOn, signal);
   try {
-    child = Bun.spawn(argv, { env: childEnv(env), stdio: ["inherit", "inherit", "inherit"] });
+    child = Bun.spawn(argv, { env: childEnv(env, gateway), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
     return z.object({ code: z.literal("ENOENT") }).safeParse(error).success ? EXIT.notFound : EXIT.notExecutable;
   }
-  const reason = await Promise.race([child.exited.then(() => null), waitForTrip(address, { options, child })]);
+  const reason = await Promise.race([child.exited.then(() => null), waitForTrip(world)]);
   if (reason === null) return child.exited;
-  log(`the breaker is open, stopping ${argv[0]}: ${reason}`);
+  log(`the breaker is open, stopping ${argv[0]}: ${redact(reason)}`);
   await endCommand(child);
   return EXIT.stopped;
 }
 
 // ── main ────────────────────────────────────────────────────────────────────────────────────────
+
+/** What the drill's account answers to a request for tokens, plain or streamed: 120, in the shapes of both APIs. */
+function answerDrill(url: string, request: string): Response {
+  const [text, seconds] = ["This is a drill.", Math.floor(Date.now() / SECOND)];
+  const message = { role: "assistant", content: text };
+  const choices = [{ index: 0, finish_reason: "stop", message, delta: message }];
+  const output = [{ type: "message", role: "assistant", content: [{ type: "output_text", text, annotations: [] }] }];
+  const chunk = { id: crypto.randomUUID(), model: "drill", created: seconds, created_at: seconds, choices, output };
+  const usage = { input_tokens: 90, output_tokens: 30, prompt_tokens: 90, completion_tokens: 30, total_tokens: 120 };
+  const response = { ...chunk, usage };
+  const streamed = StreamRequestSchema.safeParse(parseJson(request)).data;
+  if (!streamed) return Response.json(response);
+  const chunks = streamed.stream_options?.include_usage ? [chunk, { ...response, choices: [] }] : [chunk];
+  const events = url.endsWith("/responses") ? [{ type: "response.completed", response }] : chunks;
+  const body = events.map((event) => `data: ${JSON.stringify(event)}\n\n`).join("");
+  return new Response(body, { headers: { "content-type": "text/event-stream" } });
+}
 
 /** Serves a simulated account on loopback that costs one cent after 10 s; gives its base URL. */
 function startDrill({ now, signal }: World): string {
@@ -1505,12 +1581,11 @@ function startDrill({ now, signal }: World): string {
   const server = Bun.serve({
     hostname: "127.0.0.1",
     port: 0,
-    fetch({ url }) {
+    async fetch(request) {
+      if (request.method === "POST") return answerDrill(request.url, await request.text());
       const value = now() - startedMs >= 10 * SECOND ? "0.0100000000000000" : "0E-6176";
-      const cost = { amount: { value, currency: "usd" } };
-      const usage = { input_tokens: 90, output_tokens: 30, model: "drill" };
-      const start_time = Date.parse(listDays(now()).today) / SECOND;
-      const bucket = { object: "bucket", start_time, results: [url.includes("/usage/") ? usage : cost] };
+      const row = { amount: { value, currency: "usd" }, input_tokens: 90, output_tokens: 30, model: "drill" };
+      const bucket = { start_time: Date.parse(listDays(now()).today) / SECOND, results: [row] };
       return Response.json({ object: "page", data: [bucket], has_more: false, next_page: null });
     },
   });
@@ -1521,11 +1596,9 @@ function startDrill({ now, signal }: World): string {
 /** The world with the account that is looked at: in a drill its own. */
 function prepareAccount(world: World): World {
   const { drill, baseUrl } = world.options;
-  if (!drill && !baseUrl.startsWith("http:")) return world;
   // Bun would send even a request to loopback through HTTP_PROXY, and the key with it.
-  process.env["NO_PROXY"] = process.env["no_proxy"] = "*";
-  if (!drill) return world;
-  return { ...world, options: { ...world.options, baseUrl: startDrill(world) } };
+  if (drill || baseUrl.startsWith("http:")) process.env["NO_PROXY"] = process.env["no_proxy"] = "*";
+  return drill ? { ...world, options: { ...world.options, baseUrl: startDrill(world) } } : world;
 }
 
 /** Starts what listens at `place`; throws an Error that says what to do where it cannot. */
@@ -1538,28 +1611,36 @@ function listen<Listener>({ flag, place }: { flag: string; place: string }, star
   }
 }
 
-/** The command `serve`. */
 async function serve(given: World): Promise<number> {
   const log = (text: string) => given.log(`${new Date(given.now()).toISOString()} ${text}`);
   const world = prepareAccount({ ...given, log });
-  const { options, signal, stop } = world;
+  const { options, self, signal, stop } = world;
   const { look, forgetKey } = createLook(world);
-  const runHooks = createHooks(world);
-  let last: Info | null = null;
+  let error: string | null = null;
+  let newest: Info | null = null;
+  let hooks = Promise.resolve();
   const onAnswer = (info: Info) => {
-    runHooks(info);
-    if (info.error !== (last?.error ?? null)) log(info.error ?? "the account can be read again");
-    if (info.open !== last?.open) log(`${info.open ? "TRUE" : "FALSE"}, ${info.message}`);
-    last = info;
+    if (info.error !== error) log(info.error ?? "the account can be read again");
+    error = info.error;
+    if (info.open === newest?.open) return;
+    log(`${info.open ? "TRUE" : "FALSE"}, ${info.message}`);
+    const isChange = info.open || newest !== null;
+    newest = info;
+    // One hook at a time, while only the newest change waits.
+    if (isChange) hooks = hooks.then(() => (info === newest ? runHook(info, world) : undefined));
   };
   const watch = startWatch(world, { look, onAnswer });
   const server = listen({ flag: "--port", place: `${options.host}:${options.port}` }, () => startServer(world, watch));
-  const refresh = () => {
+  const startGate = () => (options.gateway === "" ? null : startGateway(world, watch));
+  const gateway = listen({ flag: "--gateway", place: `127.0.0.1:${options.gateway}` }, startGate);
+  self.gateway = gateway?.url ?? null;
+  hearSignals((name) => {
+    if (name !== "SIGHUP") return stop();
     forgetKey();
     watch.hurry();
-  };
-  hearSignals((name) => (name === "SIGHUP" ? refresh() : stop()), signal);
+  }, signal);
   log(`breaker ${VERSION} listens on ${options.host}:${server.port}, looks at ${resolveSource(options)}`);
+  if (gateway) log(`the gateway is ${gateway.url}`);
   if (options.maxAgeMs < options.intervalMs) log("--max-age is below --interval: between looks the state is unknown");
   const ticker = setInterval(() => {
     watch.tick();
@@ -1569,90 +1650,81 @@ async function serve(given: World): Promise<number> {
   await new Promise((resolve) => signal.addEventListener("abort", resolve));
   log("stopping");
   clearInterval(ticker);
-  await server.stop();
+  await Promise.all([server.stop(), gateway?.stop()]);
   return EXIT.closed;
 }
 
 /** What `check` prints for a person: the days, the allowances, and the verdict. */
 export function formatCheck(info: Info, { now, isColoured }: { now: number; isColoured: boolean }): string {
+  const paint = (colour: number, text: string) => (isColoured ? `\x1b[1;${colour}m${text}\x1b[0m` : text);
   const { yesterday, today } = listDays(now);
-  const rows = [yesterday, today].map((day): [string, string] => {
+  const rows = [yesterday, today].map((day) => {
     const cost = info.cost?.days[day];
-    return [day, cost === undefined ? "unknown" : `${formatAmount(cost)} usd`];
+    return { name: day, value: cost === undefined ? "unknown" : `${formatAmount(cost)} usd` };
   });
-  for (const { models, used, limit } of info.allowances) rows.push([models, `${used ?? "unknown"} of ${limit} tokens`]);
-  const width = Math.max(...rows.map(([name]) => name.length));
-  const table = rows.map(([name, value]) => `${name.padEnd(width)}  ${value}\n`).join("");
+  for (const { models, used, limit } of info.allowances) {
+    const share = Math.min((used ?? 0) / limit, 1);
+    const bar = paint(share < 0.8 ? 32 : share < 1 ? 33 : 31, `[${"#".repeat(share * 20).padEnd(20, ".")}]`);
+    rows.push({ name: models, value: `${bar} ${used ?? "unknown"} of ${limit} tokens` });
+  }
+  const width = Math.max(...rows.map(({ name }) => name.length));
+  const table = rows.map(({ name, value }) => `${name.padEnd(width)}  ${value}\n`).join("");
   const verdict = { none: "closed", cost: "open", allowance: "open", unknown: "unknown" }[info.reason];
   const colour = { none: 32, cost: 31, allowance: 31, unknown: 33 }[info.reason];
   const age = info.asOf === null ? "" : `${info.source}, ${info.ageSeconds} s ago\n`;
-  return `${table}${isColoured ? `\x1b[1;${colour}m${verdict}\x1b[0m` : verdict}: ${info.message}\n${age}`;
+  return `${table}${paint(colour, verdict)}: ${info.message}\n${age}`;
 }
 
-/** The command `check`. */
 async function check(given: World): Promise<number> {
   const world = prepareAccount(given);
-  const { options, now, signal, print, isColoured } = world;
+  const { options, self, now, signal, print, isColoured } = world;
   hearSignals(world.stop, signal);
-  const startedMs = now();
   const reading = mergeLook(UNSEEN, await createLook(world).look(() => {}));
   if (signal.aborted) throw new Error("The check was interrupted");
-  const info = describe({ now: now(), reading, options, startedMs });
+  const info = describe({ now: now(), reading, options, ...self });
   await print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, { now: now(), isColoured }));
   if (info.reason === "unknown") return EXIT.unavailable;
   return info.open ? EXIT.open : EXIT.closed;
 }
 
 /** MCP on stdin and stdout until the end of input; each call asks the running breaker. */
-async function speakMcp({ options, now, lines, print }: World, address: Address): Promise<number> {
-  const startedMs = now();
+async function speakMcp({ options, address, self, now, lines, print }: World): Promise<number> {
   const explainNone = (error: unknown): Info => {
-    const unknown = describe({ now: now(), reading: UNSEEN, options, startedMs });
+    const unknown = describe({ now: now(), reading: UNSEEN, options, ...self });
     return { ...unknown, open: true, message: messageOf(error), error: messageOf(error) };
   };
   for await (const line of lines) {
     const isLong = Buffer.byteLength(line) > MAX_MCP_LINE_BYTES;
     const question = isLong ? fail(undefined, { code: -32600, message: "Line Too Long" }) : readMcp(line);
     const info = question.needsLook ? await askInfo(address).catch(explainNone) : explainNone("");
-    const reply = question.reply({ decide: () => info, describe: () => info });
+    const reply = question.reply(info);
     if (reply !== null) await print(`${reply}\n`);
     if (isLong) break;
   }
   return EXIT.closed;
 }
 
+async function status({ address, print }: World): Promise<number> {
+  const isOpen = await askStatus(address);
+  await print(isOpen ? "TRUE\n" : "FALSE\n");
+  return isOpen ? EXIT.open : EXIT.closed;
+}
+
+const RUN = { serve, check, status, stop: stopBreaker, exec: guard, mcp: speakMcp };
+
 /** Runs a command line and gives its exit code; never throws. */
 export async function main(argv: string[], surroundings: Surroundings): Promise<number> {
   const controller = new AbortController();
-  const { signal } = controller;
   const stop = () => controller.abort();
   try {
     const call = parseArguments(argv, surroundings.env);
-    if (call.command === "print") {
-      await surroundings.print(call.text);
-      return EXIT.closed;
-    }
+    if (call.command === "print") await surroundings.print(call.text);
+    if (call.command === "print") return EXIT.closed;
     const { command, options, rest } = call;
-    const world: World = { ...surroundings, options, stop, signal };
     // A breaker answers after its own --timeout at the latest.
-    const address: Address = { ...options, timeoutMs: options.timeoutMs + 2 * SECOND };
-    switch (command) {
-      case "serve":
-        return await serve(world);
-      case "check":
-        return await check(world);
-      case "status": {
-        const open = await askStatus(address);
-        await world.print(open ? "TRUE\n" : "FALSE\n");
-        return open ? EXIT.open : EXIT.closed;
-      }
-      case "stop":
-        return await stopBreaker(address);
-      case "exec":
-        return await guard(rest, { world, address });
-      case "mcp":
-        return await speakMcp(world, address);
-    }
+    const address = { ...options, timeoutMs: options.timeoutMs + 2 * SECOND };
+    const self = { startedMs: surroundings.now(), gateway: null };
+    return await RUN[command]({ ...surroundings, options, address, rest, self, stop, signal: controller.signal });
   } catch (error) {
     surroundings.log(`breaker: ${redact(messageOf(error))}`);
     return error instanceof UsageError ? EXIT.usage : EXIT.unavailable;
@@ -1661,25 +1733,18 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
   }
 }
 
-const MAX_LOG_LINES = 1000;
-
-/** Makes the function that writes lines to stderr and never waits: the disk may be full, the reader asleep. */
-function createLog(): (text: string) => Promise<void> {
-  const writer = Bun.stderr.writer();
+if (import.meta.main) {
+  const stderr = Bun.stderr.writer();
   let waiting = 0;
-  return async (text) => {
-    if (waiting >= MAX_LOG_LINES) return;
-    waiting++;
+  /** Never waits for what it writes: the disk may be full, the reader asleep. */
+  async function write(text: string): Promise<void> {
+    if (waiting++ >= 1000) return void waiting--;
     try {
-      writer.write(text);
-      await writer.flush();
+      stderr.write(text);
+      await stderr.flush();
     } catch {} // Nobody is left to tell.
     waiting--;
-  };
-}
-
-if (import.meta.main) {
-  const write = createLog();
+  }
   const code = await main(Bun.argv.slice(2), {
     env: { ...process.env },
     now: Date.now,
