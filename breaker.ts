@@ -1274,7 +1274,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
 // Programs reach the API through it, so that it can count what flows and cut it off without delay.
 
-/** A longer body is passed on unread. */
+/** A longer answer is passed on unread, and so is a request that is over a quarter of it, or does not say. */
 const MAX_READ_LENGTH = 16 * 1024 * 1024;
 
 type Passage = { isEvents: boolean; isAsked: boolean; hear: (json: unknown) => void };
@@ -1318,7 +1318,7 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
   /** What to send on of a request, and whether that asks for the usage of a stream. */
   async function readBody(request: Request) {
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const isShort = Number(request.headers.get("content-length") ?? 0) <= MAX_READ_LENGTH;
+    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= MAX_READ_LENGTH / 4;
     if (!isChat || !isShort || options.allowances.length === 0) return { body: request.body, isAsking: false };
     const text = Buffer.from(await request.arrayBuffer()).toString("latin1");
     const asking = askForUsage(text);
