@@ -3671,6 +3671,24 @@ suite("the README", () => {
 
 suite("slowly", () => {
   test.concurrent(
+    "400 agents that send 400 KB of short messages each leave the others their turn",
+    async () => {
+      using account = startAccount(always(FREE));
+      await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+      expect(await breaker.ask("STATUS")).toBe("FALSE");
+      const flood = Buffer.from(`{"jsonrpc":"2.0","method":"x"}\n${"\n".repeat(400_000)}`);
+      const agents = Array.from({ length: 400 }, () => connect({ port: breaker.port, host: "127.0.0.1" }));
+      for (const agent of agents) agent.on("error", () => {}).write(flood);
+      // It takes 12 s where each is read to its end at once; the bound is wide, since the flood shares the processors.
+      const startMs = performance.now();
+      for (let i = 0; i < 3; i++) expect(await breaker.ask("STATUS")).toBe("FALSE");
+      expect(performance.now() - startMs).toBeLessThan(6000);
+      for (const agent of agents) agent.destroy();
+    },
+    20_000,
+  );
+
+  test.concurrent(
     "100 MB up and down through the gateway, with a slow reader, stay within 64 MiB of idle",
     async () => {
       const size = 100_000_000;

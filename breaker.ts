@@ -1124,7 +1124,8 @@ export type Watch = ReturnType<typeof startWatch>;
 const MAX_CONNECTIONS = 1024;
 /** So that idle agents leave room for everybody else. */
 const MAX_MCP_CONNECTIONS = MAX_CONNECTIONS / 2;
-/** What may wait on all together, unread or unsent; each is answered 64 KiB at a time. */
+/** How much is read of a connection before others have their turn, and what may wait on all, unread or unsent. */
+const LINES_A_TURN = 64;
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
 interface Peer {
@@ -1183,7 +1184,7 @@ function createPump(peers: Set<Socket>, watch: Watch) {
     const peer = socket.data;
     let replies = "";
     let waits = false;
-    for (let asked; replies.length < MAX_MCP_LINE_BYTES && (asked = readQuestion(socket, { isCrowded }));) {
+    for (let asked, lines = 0; lines++ < LINES_A_TURN && (asked = readQuestion(socket, { isCrowded }));) {
       peer.isMcp = asked.isMcp;
       const wait = asked.question.needsLook ? watch.settled() : null;
       if (wait) resuming ??= wait.then(resumeAll);
@@ -1199,15 +1200,13 @@ function createPump(peers: Set<Socket>, watch: Watch) {
 
   function pump(socket: Socket): void {
     const peer = socket.data;
-    let waits = false;
-    while (flush(socket) && !waits) {
-      waits = answer(socket);
-      if (peer.unsent.length === 0) break;
-    }
+    const waits = flush(socket) && answer(socket);
     peer.input = Buffer.from(peer.input); // A copy, so that what was read before it is freed.
-    const isSent = peer.unsent.length === 0;
+    const isSent = flush(socket);
+    const hasMore = isSent && !waits && readQuestion(socket, { isCrowded }) !== null;
+    if (hasMore) setImmediate(pump, socket);
     if (isSent && (waits || peer.isMcp)) peer.deadlineMs = Infinity;
-    if (!isSent || waits) {
+    if (!isSent || waits || hasMore) {
       socket.pause();
       if (countHeld() > MAX_HELD_BYTES) socket.terminate();
     } else if (peer.isDone || (peer.isMcp && peer.ended && peer.input.length === 0)) {
@@ -1251,7 +1250,9 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
         pump(socket);
       },
       drain: pump,
-      close: (socket) => void peers.delete(socket),
+      close(socket) {
+        socket.data.isDone = peers.delete(socket);
+      },
       error() {}, // The peer is gone, which close has said already.
     },
   });
