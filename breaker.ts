@@ -247,6 +247,11 @@ export const AmountSchema = z
   })
   .pipe(z.number());
 
+/** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
+export function formatDay(ms: number): string {
+  return new Date(ms).toISOString().slice(0, 10);
+}
+
 /** 00:00 UTC of a day, in Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
 const midnight = z.number().min(1e9).max(1e10).multipleOf(86400);
 const DaySchema = midnight.transform((seconds) => formatDay(seconds * SECOND));
@@ -338,11 +343,6 @@ const StreamRequestSchema = z.object({ stream: z.literal(true), stream_options: 
 
 // ── Money and time ──────────────────────────────────────────────────────────────────────────────
 
-/** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
-export function formatDay(ms: number): string {
-  return new Date(ms).toISOString().slice(0, 10);
-}
-
 /** The UTC days before, at and after `now`: yesterday, today and tomorrow. */
 export function listDays(now: number): { yesterday: string; today: string; tomorrow: string } {
   return { yesterday: formatDay(now - DAY), today: formatDay(now), tomorrow: formatDay(now + DAY) };
@@ -396,7 +396,7 @@ export type Entry = { day: string; amount: number; model?: string };
 /** What an answer holds: `next` is the cursor of the next page, `problem` why the look has failed. */
 export type Page = { entries: Entry[]; next: string | null; problem: string | null };
 
-/** A page of 1 MiB can hold so many bad rows that to explain them all takes seconds. */
+/** A page of 1 MiB can hold so many bad rows that to explain them takes seconds: it is read up to so many. */
 const MAX_PROBLEMS = 10;
 
 function explain(error: z.ZodError): string {
@@ -454,7 +454,7 @@ export function readBilling(body: unknown, today: string): Page {
 /** Costs in usd by UTC day (`"2026-11-22"`), and tokens by day and allowance (`"2026-11-22 *-mini*"`). */
 export type Sums = Record<string, number>;
 
-/** What is known: when the last good look began (ms since 1970), all sums, why the last look failed, its Retry-After. */
+/** What is known: when the last good look began (ms since 1970), sums, why the last look failed, its Retry-After. */
 export type Reading = { asOfMs: number | null; sums: Sums; error: string | null; retryAfterMs: number };
 
 /** A reading at `now` (ms since 1970), under the user's options. */
@@ -532,7 +532,7 @@ export function decide(moment: Moment): Decision {
     return { open: false, reason: "none", message: `${cost} on ${yesterday} and ${today} (UTC)` };
   }
   const ageSeconds = Math.floor((now - (asOfMs ?? 0)) / SECOND);
-  const age = ageSeconds > 0 ? `is ${ageSeconds} s old` : "lies in the future, check this machine's clock";
+  const age = ageSeconds >= 0 ? `is ${ageSeconds} s old` : "lies in the future, check this machine's clock";
   const cause = asOfMs === null ? "no good look at the account yet" : `the last good look ${age}`;
   return { open: options.whenUnknown, reason: "unknown", message: [cause, error ?? []].flat().join(": ") };
 }
@@ -747,11 +747,11 @@ export function readJson(text: string, { isEvent }: { isEvent: boolean }): unkno
  */
 export function askForUsage(body: string): string | null {
   const read = (text: string) => StreamRequestSchema.safeParse(parseJson(text)).data;
-  const { stream_options: given } = read(body) ?? { stream_options: WISH };
-  if (given?.include_usage) return null;
-  const wish = `"stream_options":${JSON.stringify({ ...given, ...WISH })}`;
-  const old = given === undefined ? "{" : /"stream_options"\s*:\s*(null|\{[^{}]*\})/;
-  const spliced = body.replace(old, () => (given === undefined ? `{${wish},` : wish));
+  const request = read(body);
+  if (!request || request.stream_options?.include_usage) return null;
+  const wish = `"stream_options":${JSON.stringify({ ...request.stream_options, ...WISH })}`;
+  const old = request.stream_options === undefined ? "{" : /"stream_options"\s*:\s*(null|\{[^{}]*\})/;
+  const spliced = body.replace(old, () => (old === "{" ? `{${wish},` : wish));
   return read(spliced)?.stream_options?.include_usage ? spliced : null;
 }
 
@@ -767,10 +767,12 @@ export function passHeaders(headers: Headers, others: string): Headers {
   return passed;
 }
 
+const REFUSALS = { not_allowed: 403, not_found: 404, no_websocket: 426, breaker_open: 403, upstream_failed: 502 };
+
 /** A refusal in OpenAI's shape of an error, so that every client shows the message; only 502 may be tried again. */
-function refuse(status: number, code: string, message: string): Response {
-  const headers = status === 502 ? {} : { "x-should-retry": "false" };
-  return Response.json({ error: { message, type: code, param: null, code } }, { status, headers });
+function refuse(code: keyof typeof REFUSALS, message: string): Response {
+  const headers = code === "upstream_failed" ? {} : { "x-should-retry": "false" };
+  return Response.json({ error: { message, type: code, param: null, code } }, { status: REFUSALS[code], headers });
 }
 
 /** Refuses what no program of this machine asks: a web page must neither spend nor read. Null for what may pass. */
@@ -778,12 +780,12 @@ export function screen({ url, headers }: Pick<Request, "url" | "headers">, port:
   const isFromPage = headers.has("origin") || headers.has("sec-fetch-site");
   const hosts = ["127.0.0.1", "localhost", "[::1]"].map((name) => `${name}:${port}`);
   if (isFromPage || !hosts.includes(headers.get("host")?.toLowerCase() ?? "")) {
-    return refuse(403, "not_allowed", "This gateway is for programs on this machine, not for web pages");
+    return refuse("not_allowed", "This gateway is for programs on this machine, not for web pages");
   }
   const isBase = new URL(url).pathname.startsWith("/v1/"); // Only now: a Host can make the URL none.
-  if (!isBase) return refuse(404, "not_found", `The base URL of this gateway is http://127.0.0.1:${port}/v1`);
+  if (!isBase) return refuse("not_found", `The base URL of this gateway is http://127.0.0.1:${port}/v1`);
   const isSocket = headers.get("upgrade")?.toLowerCase() === "websocket";
-  return isSocket ? refuse(426, "no_websocket", "This gateway speaks no WebSocket; use HTTP") : null;
+  return isSocket ? refuse("no_websocket", "This gateway speaks no WebSocket; use HTTP") : null;
 }
 
 // ── Effects: child processes and the key ────────────────────────────────────────────────────────
@@ -845,7 +847,7 @@ async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
 
 /** The environment of a child: with `extra`, and without the key, by its name or by its value. */
 function childEnv({ OPENAI_ADMIN_KEY, ...env }: Env, extra: Env = {}): Env {
-  const key = OPENAI_ADMIN_KEY?.trim();
+  const key = OPENAI_ADMIN_KEY?.split("\n", 1).join().trim();
   return { ...Object.fromEntries(Object.entries(env).filter(([, value]) => !key || !value?.includes(key))), ...extra };
 }
 
@@ -883,7 +885,7 @@ export async function runProgram(argv: string[], { env, signal, input, limitMs =
     return { code, stdout: stdout.toString(), stderr: stderr.toString() };
   } catch (error) {
     kill(-child.pid, "SIGKILL");
-    throw error;
+    throw signal.aborted ? new Error("the breaker was stopped") : error;
   }
 }
 
@@ -1109,8 +1111,8 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
     },
     /** Looks now, or once more where a look is under way; the first call starts the watch. */
     hurry: () => alarm.resolve(),
-    /** Resolves when a question can be answered; null when it can be now. */
-    settled(): Promise<void> | null {
+    /** Notices a jump of the clock; resolves when a question can be answered, null when it can be now. */
+    whenSettled(): Promise<void> | null {
       noticeJump();
       return wait?.promise ?? null;
     },
@@ -1186,7 +1188,7 @@ function createPump(peers: Set<Socket>, watch: Watch) {
     let waits = false;
     for (let asked, lines = 0; lines++ < LINES_A_TURN && (asked = readQuestion(socket, { isCrowded }));) {
       peer.isMcp = asked.isMcp;
-      const wait = asked.question.needsLook ? watch.settled() : null;
+      const wait = asked.question.needsLook ? watch.whenSettled() : null;
       if (wait) resuming ??= wait.then(resumeAll);
       if ((waits = wait !== null)) break;
       peer.input = asked.rest;
@@ -1273,7 +1275,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 }
 
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
-// Programs reach the API through it, so that it can count what flows and cut it off without delay.
+// Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
 /** A longer answer is passed on unread, and so is a request that is over a quarter of it, or does not say. */
 const MAX_READ_LENGTH = 16 * 1024 * 1024;
@@ -1306,7 +1308,7 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
   const counted = new Set<string>();
   let countedOn = "";
 
-  function count({ id, model, usage, created, created_at = created }: Spending): void {
+  function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const { today } = listDays(now());
     const day = created_at === undefined ? today : formatDay(created_at * SECOND);
     if (today !== countedOn) counted.clear();
@@ -1357,8 +1359,8 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
     let told: Spending | null = null;
     const hear = (json: unknown) => {
       const spending = AnswerSchema.safeParse(json).data;
-      if (spending) count(spending);
-      if (spending && told?.usage == null) told = spending;
+      if (spending) countOnce(spending);
+      if (spending && (told?.usage ?? null) === null) told = spending;
     };
     const note = (status: number) => {
       const path = URL.canParse(request.url) ? new URL(request.url).pathname : "?";
@@ -1367,13 +1369,13 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
       log(redact(`${request.method} ${path} ${status}${spent} ${seconds} s`));
     };
     let refusal = screen(request, server.port ?? 0);
-    if (!refusal) await watch.settled();
+    if (!refusal) await watch.whenSettled();
     const { open, message } = watch.describe();
-    if (open) refusal ??= refuse(403, "breaker_open", `Refused by the circuit breaker on this machine: ${message}`);
+    if (open) refusal ??= refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`);
     try {
       if (!refusal) return await forward(request, { hear, note });
     } catch (error) {
-      refusal = refuse(502, "upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
+      refusal = refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
     }
     note(refusal.status);
     return refusal;
@@ -1455,16 +1457,16 @@ async function askInfo(address: Address): Promise<Info> {
 /** What `ps` prints; nothing where it finds none, or is not there. */
 function runPs(...args: string[]): string {
   const ps = Bun.which("ps", { PATH: "/usr/bin:/bin" });
-  return ps ? Bun.spawnSync([ps, "-ww", ...args]).stdout.toString() : "";
+  return ps ? Bun.spawnSync([ps, "-ww", ...args], { env: {} }).stdout.toString() : "";
 }
 
 /** Whether `pid` is a breaker that serves from this file at `port`, as far as its arguments tell. */
 function isBreaker(pid: number, port: number): boolean {
   const [path, name] = [import.meta.path, basename(import.meta.path)].map(RegExp.escape);
   const form = new RegExp(`^\\S*bun\\S* (run )?(-\\S+ )*(${path}|\\S*/${name}|${name})( serve)?(?<options> --.*)?$`);
-  const { options = "" } = form.exec(runPs("-o", "args=", "-p", String(pid)).trimEnd())?.groups ?? { options: "none" };
-  const ports = [...options.matchAll(/ --port[= ](\d+)/g)].map(([, digits]) => Number(digits));
-  return options !== "none" && [0, port].includes(ports.at(-1) ?? port);
+  const found = form.exec(runPs("-o", "args=", "-p", String(pid)).trimEnd())?.groups;
+  const ports = [...(found?.["options"] ?? "").matchAll(/ --port[= ](\d+)/g)].map(([, digits]) => Number(digits));
+  return found !== undefined && [0, port].includes(ports.at(-1) ?? port);
 }
 
 /** Ends the breaker that answers at `address`, and waits until it is gone; throws where that cannot be. */
@@ -1705,13 +1707,13 @@ async function speakMcp({ options, address, self, now, lines, print }: World): P
   return EXIT.closed;
 }
 
-async function status({ address, print }: World): Promise<number> {
+async function printStatus({ address, print }: World): Promise<number> {
   const isOpen = await askStatus(address);
   await print(isOpen ? "TRUE\n" : "FALSE\n");
   return isOpen ? EXIT.open : EXIT.closed;
 }
 
-const RUN = { serve, check, status, stop: stopBreaker, exec: guard, mcp: speakMcp };
+const RUN = { serve, check, status: printStatus, stop: stopBreaker, exec: guard, mcp: speakMcp };
 
 /** Runs a command line and gives its exit code; never throws. */
 export async function main(argv: string[], surroundings: Surroundings): Promise<number> {
@@ -1719,8 +1721,7 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
   const stop = () => controller.abort();
   try {
     const call = parseArguments(argv, surroundings.env);
-    if (call.command === "print") await surroundings.print(call.text);
-    if (call.command === "print") return EXIT.closed;
+    if (call.command === "print") return await surroundings.print(call.text).then(() => EXIT.closed);
     const { command, options, rest } = call;
     // A breaker answers after its own --timeout at the latest.
     const address = { ...options, timeoutMs: options.timeoutMs + 2 * SECOND };
