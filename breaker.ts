@@ -736,9 +736,9 @@ export function cutEvents(text: string): [events: string[], rest: string] {
 
 /** The JSON of a body, or of the `data` of an event; undefined where it holds none. */
 export function readJson(text: string, { isEvent }: { isEvent: boolean }): unknown {
-  const data = text.split(/\r?\n/).filter((line) => line.startsWith("data:"));
-  const json = isEvent ? data.map((line) => line.slice("data:".length)).join("\n") : text;
-  return parseJson(Buffer.from(json, "latin1").toString());
+  const listData = () => text.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+  const lines = isEvent ? listData().map((line) => line.slice("data:".length)) : [text];
+  return parseJson(Buffer.from(lines.join("\n"), "latin1").toString());
 }
 
 /**
@@ -1277,8 +1277,8 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
 // Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
-/** A longer answer is passed on unread, and so is a request that is over a quarter of it, or does not say. */
-const MAX_READ_LENGTH = 16 * 1024 * 1024;
+/** A longer answer is passed on unread, and so is a request that is over half of it, or does not say. */
+const MAX_READ_LENGTH = 8 * 1024 * 1024;
 
 type Passage = { isEvents: boolean; isAsked: boolean; hear: (json: unknown) => void };
 
@@ -1321,7 +1321,7 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
   /** What to send on of a request, and whether that asks for the usage of a stream. */
   async function readBody(request: Request) {
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= MAX_READ_LENGTH / 4;
+    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= MAX_READ_LENGTH / 2;
     if (!isChat || !isShort || options.allowances.length === 0) return { body: request.body, isAsking: false };
     const text = Buffer.from(await request.arrayBuffer()).toString("latin1");
     const asking = askForUsage(text);
