@@ -241,10 +241,7 @@ const TINY = 1e-300;
 /** An amount: a finite number, or a string as OpenAI sends them live (`"0E-6176"`, `"0.1739150000000000"`). */
 export const AmountSchema = z
   .union([z.number(), z.string().regex(/^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i)])
-  .transform((value) => {
-    if (Math.abs(Number(value)) >= TINY) return Number(value);
-    return /^[^e-]*[1-9]/i.test(String(value)) ? TINY : 0;
-  })
+  .transform((value) => (/^[^e-]*[1-9]/i.test(String(value)) ? Math.max(Number(value), TINY) : Number(value)))
   .pipe(z.number());
 
 /** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
@@ -273,9 +270,12 @@ export const CostRowSchema = z
   .object({ amount: z.object({ value: AmountSchema, currency: z.string().regex(/^usd$/i).nullish() }) })
   .transform(({ amount }) => ({ amount: amount.value }));
 
-/** Tokens of a model; `input_tokens` holds the cached ones already. A long name would make globs slow. */
+/** A longer one would make globs slow. */
+const modelName = text.max(256);
+
+/** Tokens of a model; `input_tokens` holds the cached ones already. */
 export const UsageRowSchema = z
-  .object({ input_tokens: z.int().min(0), output_tokens: z.int().min(0), model: z.string().max(256).nullable() })
+  .object({ input_tokens: z.int().min(0), output_tokens: z.int().min(0), model: modelName.nullable() })
   .transform(({ model, ...tokens }) => ({ amount: addUp(tokens), model: model ?? "" }));
 
 /** A UTC day of costs or of tokens. Older answers call `results` `result`. */
@@ -296,6 +296,9 @@ const BillingDaySchema = z
   .transform(({ timestamp: day, line_items: rows }) => ({ day, rows }));
 const BillingItemSchema = z.object({ cost: AmountSchema }).transform(({ cost }) => ({ amount: cost / 100 }));
 
+/** Never another machine's: exec has its command send requests there, with a key. */
+const gatewayUrl = text.regex(/^http:\/\/127\.0\.0\.1:\d{1,5}\/v1$/);
+
 /** What INFO says; the MCP tool says the same without the pid. */
 const InfoSchema = z.object({
   open: z.boolean().describe("true: stop spending"),
@@ -308,13 +311,7 @@ const InfoSchema = z.object({
   ageSeconds: z.number().nullable(),
   error: z.string().nullable().describe("why the last look failed"),
   source: z.enum(["costs", "billing", "drill"]),
-  // Never another machine's: exec has its command send requests there, with a key.
-  gateway: z
-    .string()
-    .regex(/^http:\/\/127\.0\.0\.1:\d{1,5}\/v1$/)
-    .nullable()
-    .default(null)
-    .describe("what OPENAI_BASE_URL may be set to"),
+  gateway: gatewayUrl.nullable().default(null).describe("what OPENAI_BASE_URL may be set to"),
   version: z.string(),
   pid: z.int().positive(),
   startedAt: z.string(),
@@ -322,22 +319,21 @@ const InfoSchema = z.object({
 
 export type Info = z.output<typeof InfoSchema>;
 
-const tokens = z.int().min(0);
-const InputSchema = z.object({ input_tokens: tokens, output_tokens: tokens });
-const PromptSchema = z.object({ prompt_tokens: tokens, completion_tokens: tokens });
+const count = z.int().min(0);
+const InputSchema = z.object({ input_tokens: count, output_tokens: count });
+const PromptSchema = z.object({ prompt_tokens: count, completion_tokens: count });
 const usage = z.union([InputSchema, PromptSchema]).transform(addUp).nullable().catch(null);
 const stamp = z.number().min(1e9).max(1e10).optional().catch(undefined);
-const name = z.string().max(256);
 /** The shape that the Usage API counts as completions: whose tokens, how many (null: not told), made when. */
-const SpendingSchema = z.object({ id: name, model: name, usage, created: stamp, created_at: stamp });
-const EventSchema = z.object({ response: SpendingSchema }).transform(({ response }) => response);
+const SpendingSchema = z.object({ id: text, model: modelName, usage, created: stamp, created_at: stamp });
 /** What an answer, or an event of one, tells of the tokens that it has spent. */
-export const AnswerSchema = SpendingSchema.or(EventSchema);
+export const AnswerSchema = SpendingSchema.or(
+  z.object({ response: SpendingSchema }).transform((event) => event.response),
+);
 type Spending = z.output<typeof AnswerSchema>;
 
 /** The one event that a chat stream adds when it is asked for its usage. */
 const UsageEventSchema = z.object({ choices: ListSchema.length(0), usage: JsonSchema });
-const WISH = { include_usage: true };
 const WishSchema = z.looseObject({ include_usage: z.boolean().optional() });
 const StreamRequestSchema = z.object({ stream: z.literal(true), stream_options: WishSchema.nullish() });
 
@@ -734,10 +730,9 @@ export function cutEvents(text: string): [events: string[], rest: string] {
   return [events, text.slice(events.join("").length)];
 }
 
-/** The JSON of a body, or of the `data` of an event; undefined where it holds none. */
-export function readJson(text: string, { isEvent }: { isEvent: boolean }): unknown {
-  const listData = () => text.split(/\r?\n/).filter((line) => line.startsWith("data:"));
-  const lines = isEvent ? listData().map((line) => line.slice("data:".length)) : [text];
+/** The JSON of a body, or of the `data` of an event (no line of JSON begins so); undefined where it holds none. */
+export function readJson(text: string): unknown {
+  const lines = text.match(/(?<=^data:).*/gm) ?? [text];
   return parseJson(Buffer.from(lines.join("\n"), "latin1").toString());
 }
 
@@ -749,7 +744,7 @@ export function askForUsage(body: string): string | null {
   const read = (text: string) => StreamRequestSchema.safeParse(parseJson(text)).data;
   const request = read(body);
   if (!request || request.stream_options?.include_usage) return null;
-  const wish = `"stream_options":${JSON.stringify({ ...request.stream_options, ...WISH })}`;
+  const wish = `"stream_options":${JSON.stringify({ ...request.stream_options, include_usage: true })}`;
   const old = request.stream_options === undefined ? "{" : /"stream_options"\s*:\s*(null|\{[^{}]*\})/;
   const spliced = body.replace(old, () => (old === "{" ? `{${wish},` : wish));
   return read(spliced)?.stream_options?.include_usage ? spliced : null;
@@ -758,10 +753,10 @@ export function askForUsage(body: string): string | null {
 /** Headers that are about a connection, not about what it carries (RFC 9110, section 7.6.1). */
 const HOP_BY_HOP = "connection,keep-alive,proxy-connection,proxy-authenticate,proxy-authorization,te,trailer,upgrade";
 
-/** The headers to pass on: not those of this connection, what `Connection` names, and the `others`. */
-export function passHeaders(headers: Headers, others: string): Headers {
+/** The headers to pass on: not those of this connection, nor what `Connection` names. */
+export function passHeaders(headers: Headers): Headers {
   const passed = new Headers(headers);
-  const names = `${HOP_BY_HOP},transfer-encoding,${others},${headers.get("connection")}`;
+  const names = `${HOP_BY_HOP},transfer-encoding,host,expect,${headers.get("connection") ?? ""}`;
   const dropped = names.toLowerCase().split(/[\s,]+/);
   for (const name of [...passed.keys()]) if (dropped.includes(name)) passed.delete(name);
   return passed;
@@ -801,13 +796,9 @@ export interface Surroundings {
   log: (text: string) => void;
 }
 
-/** A TCP address, and how long to wait for an answer from it. */
-export type Address = Pick<Options, "host" | "port" | "timeoutMs">;
-
-/** What a command works with: also where the running breaker is, and the words after `--`. */
+/** What a command works with: also the words after `--`. */
 export interface World extends Surroundings {
   options: Options;
-  address: Address;
   rest: string[];
   self: Self;
   /** Ends the command in good order, and aborts `signal`: nothing that was started outlives it. */
@@ -1185,19 +1176,21 @@ function createPump(peers: Set<Socket>, watch: Watch) {
   function answer(socket: Socket): boolean {
     const peer = socket.data;
     let replies = "";
-    let waits = false;
-    for (let asked, lines = 0; lines++ < LINES_A_TURN && (asked = readQuestion(socket, { isCrowded }));) {
+    let wait: Promise<void> | null = null;
+    for (let lines = 0; lines < LINES_A_TURN; lines++) {
+      const asked = readQuestion(socket, { isCrowded });
+      if (!asked) break;
       peer.isMcp = asked.isMcp;
-      const wait = asked.question.needsLook ? watch.whenSettled() : null;
-      if (wait) resuming ??= wait.then(resumeAll);
-      if ((waits = wait !== null)) break;
+      wait = asked.question.needsLook ? watch.whenSettled() : null;
+      if (wait) break;
       peer.input = asked.rest;
       peer.isDone = !peer.isMcp;
       const reply = asked.question.reply(watch.describe());
       if (reply !== null) replies += `${reply}\n`;
     }
     peer.unsent = Buffer.from(replies);
-    return waits;
+    if (wait) resuming ??= wait.then(resumeAll);
+    return wait !== null;
   }
 
   function pump(socket: Socket): void {
@@ -1277,84 +1270,51 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
 // Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
-/** A longer answer is passed on unread, and so is a request that is over half of it, or does not say. */
-const MAX_READ_LENGTH = 8 * 1024 * 1024;
+/** What is longer is passed on unread: a body, an event, and all behind it; so is a request that tells no length. */
+const MAX_COUNTED_BYTES = 8 * 1024 * 1024;
 
 type Passage = { isEvents: boolean; isAsked: boolean; hear: (json: unknown) => void };
 
 /** Passes a body on as it comes, less the event that was asked for, and lets `hear` have each object in it. */
 async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hear }: Passage) {
-  let text = "";
+  /** What has come of an event or of the whole; null once that is too long. */
+  let held: string | null = "";
   const read = (part: string) => {
-    const json = readJson(part, { isEvent: isEvents });
+    const json = readJson(part);
     hear(json);
-    return isAsked && !UsageEventSchema.safeParse(json).success ? part : "";
+    return UsageEventSchema.safeParse(json).success ? "" : part;
   };
   for await (const chunk of body) {
-    const piece = Buffer.from(chunk).toString("latin1");
-    const [events, rest] = isEvents && piece.includes("\n") ? cutEvents(text + piece) : [[], text + piece];
-    text = rest.length > MAX_READ_LENGTH && !isAsked ? "" : rest;
+    if (held === null) {
+      yield chunk;
+      continue;
+    }
+    const text: string = held + Buffer.from(chunk).toString("latin1");
+    const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
     const shown = events.map(read).join("");
-    if (!isAsked) yield chunk;
-    else if (shown) yield Buffer.from(shown, "latin1");
+    held = rest.length > MAX_COUNTED_BYTES ? null : rest;
+    yield isAsked ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
   }
-  const last = read(text);
-  if (last) yield Buffer.from(last, "latin1");
+  const last = read(held ?? "");
+  if (isAsked) yield Buffer.from(last, "latin1");
 }
 
 /** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
 export function startGateway({ options, now, log }: World, watch: Watch) {
   /** The answers that were counted today: one that is polled tells its usage again and again. */
-  const counted = new Set<string>();
-  let countedOn = "";
+  let counted = { day: "", ids: new Set<string>() };
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const { today } = listDays(now());
+    if (today !== counted.day) counted = { day: today, ids: new Set() };
+    if (usage === null || counted.ids.has(id)) return;
+    counted.ids.add(id);
     const day = created_at === undefined ? today : formatDay(created_at * SECOND);
-    if (today !== countedOn) counted.clear();
-    countedOn = today;
-    if (usage === null || counted.has(id)) return;
-    counted.add(id);
     watch.count({ day, model, amount: usage });
   }
 
-  /** What to send on of a request, and whether that asks for the usage of a stream. */
-  async function readBody(request: Request) {
-    const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= MAX_READ_LENGTH / 2;
-    if (!isChat || !isShort || options.allowances.length === 0) return { body: request.body, isAsking: false };
-    const text = Buffer.from(await request.arrayBuffer()).toString("latin1");
-    const asking = askForUsage(text);
-    return { body: Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
-  }
-
-  /** Sends a request on and gives its answer; `hear` gets each object in it, `note` its status when it has ended. */
-  async function forward(request: Request, { hear, note }: Pick<Passage, "hear"> & { note: (status: number) => void }) {
-    const { pathname, search } = new URL(request.url);
-    const { body, isAsking } = await readBody(request);
-    const headers = passHeaders(request.headers, "host,expect");
-    headers.set("accept-encoding", "identity");
-    const { method, signal } = request;
-    const to = `${options.baseUrl}${pathname.slice("/v1".length)}${search}`;
-    const answer = await fetch(to, { method, headers, body, signal, ...ON_WIRE });
-    const { status, statusText, ok } = answer;
-    const [, type] = /^(application\/json|text\/event-stream)/.exec(answer.headers.get("content-type") ?? "") ?? [];
-    const isRead = ok && type !== undefined && !answer.headers.has("content-encoding");
-    const isEvents = type === "text/event-stream";
-    const isAsked = isAsking && isEvents && isRead;
-    async function* pass(body: AsyncIterable<Uint8Array>) {
-      try {
-        yield* isRead ? relay(body, { isEvents, isAsked, hear }) : body;
-      } finally {
-        note(status);
-      }
-    }
-    if (!answer.body) note(status);
-    const passed = passHeaders(answer.headers, isAsked ? "content-length" : "");
-    return new Response(answer.body && pass(answer.body), { status, statusText, headers: passed });
-  }
-
-  async function handle(request: Request): Promise<Response> {
+  /** The log's line of a request: `hear` takes each object in its answer, `end` writes the line and gives the answer. */
+  function openEntry({ method, url }: Request) {
     const beganMs = performance.now();
     let told: Spending | null = null;
     const hear = (json: unknown) => {
@@ -1362,23 +1322,63 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
       if (spending) countOnce(spending);
       if (spending && (told?.usage ?? null) === null) told = spending;
     };
-    const note = (status: number) => {
-      const path = URL.canParse(request.url) ? new URL(request.url).pathname : "?";
+    const end = (answer: Response) => {
+      const path = URL.canParse(url) ? new URL(url).pathname : "?";
       const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
       const seconds = ((performance.now() - beganMs) / SECOND).toFixed(2);
-      log(redact(`${request.method} ${path} ${status}${spent} ${seconds} s`));
+      log(redact(`${method} ${path} ${answer.status}${spent} ${seconds} s`));
+      return answer;
     };
-    let refusal = screen(request, server.port ?? 0);
-    if (!refusal) await watch.whenSettled();
+    return { hear, end };
+  }
+
+  /** What to send on of a request, and whether that asks for the usage of a stream. */
+  async function readBody(request: Request) {
+    const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
+    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= MAX_COUNTED_BYTES;
+    if (!isChat || !isShort || options.allowances.length === 0) return { body: request.body, isAsking: false };
+    const text = Buffer.from(await request.arrayBuffer()).toString("latin1");
+    const asking = askForUsage(text);
+    return { body: Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
+  }
+
+  /** Sends a request on where it may pass, and gives its answer while that comes. */
+  async function pass(request: Request, { hear, end }: ReturnType<typeof openEntry>): Promise<Response> {
+    const refusal = screen(request, server.port ?? 0);
+    if (refusal) return end(refusal);
+    const { body, isAsking } = await readBody(request);
+    // Only now: while a body comes, the breaker may trip.
+    await watch.whenSettled();
     const { open, message } = watch.describe();
-    if (open) refusal ??= refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`);
-    try {
-      if (!refusal) return await forward(request, { hear, note });
-    } catch (error) {
-      refusal = refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
+    if (open) return end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
+    const { method, signal } = request;
+    const { pathname, search } = new URL(request.url);
+    const to = `${options.baseUrl}${pathname.slice("/v1".length)}${search}`;
+    const headers = passHeaders(request.headers);
+    headers.set("accept-encoding", "identity");
+    const answer = await fetch(to, { method, headers, body, signal, ...ON_WIRE });
+    const type = answer.headers.get("content-type") ?? "";
+    const isEvents = /^text\/event-stream/i.test(type);
+    const isRead = answer.ok && (isEvents || /^application\/json/i.test(type));
+    const isAsked = isAsking && isEvents && isRead;
+    const passed = passHeaders(answer.headers);
+    if (isAsked) passed.delete("content-length");
+    async function* comeIn(body: AsyncIterable<Uint8Array>) {
+      try {
+        yield* isRead ? relay(body, { isEvents, isAsked, hear }) : body;
+      } finally {
+        end(answer);
+      }
     }
-    note(refusal.status);
-    return refusal;
+    if (!answer.body) end(answer);
+    const { status, statusText } = answer;
+    return new Response(answer.body && comeIn(answer.body), { status, statusText, headers: passed });
+  }
+
+  function handle(request: Request): Promise<Response> {
+    const entry = openEntry(request);
+    const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
+    return pass(request, entry).catch((error) => entry.end(fail(error)));
   }
 
   const server = Bun.serve({
@@ -1417,12 +1417,16 @@ async function runHook(info: Info, { options, env, signal, log }: World): Promis
 
 // ── Effects: asking a running breaker ───────────────────────────────────────────────────────────
 
-/** Asks one question; throws an Error that says what to do where nothing answers. */
+/** Where a running breaker is, and after how long at the latest it answers. */
+export type Address = Pick<Options, "host" | "port" | "timeoutMs">;
+
+/** Asks one question; throws an Error that says what to do where nothing answers within 2 s more than the breaker's time. */
 export async function ask(question: string, { host, port, timeoutMs }: Address): Promise<string> {
+  const limitMs = timeoutMs + 2 * SECOND;
   const hostname = host === "0.0.0.0" ? "127.0.0.1" : host === "::" ? "::1" : host;
   const { connect } = await import("node:net"); // Only here, since it takes its time to load.
   const socket = connect({ host: hostname, port }).setEncoding("utf8");
-  const timer = setTimeout(() => socket.destroy(new Error(`nothing came within ${timeoutMs / SECOND} s`)), timeoutMs);
+  const timer = setTimeout(() => socket.destroy(new Error(`nothing came within ${limitMs / SECOND} s`)), limitMs);
   let text = "";
   try {
     socket.write(`${question}\n`);
@@ -1469,15 +1473,15 @@ function isBreaker(pid: number, port: number): boolean {
   return found !== undefined && [0, port].includes(ports.at(-1) ?? port);
 }
 
-/** Ends the breaker that answers at `address`, and waits until it is gone; throws where that cannot be. */
-async function stopBreaker({ address }: World): Promise<number> {
-  const { pid } = await askInfo(address);
-  if (!isBreaker(pid, address.port)) {
-    const place = `runs here as bun breaker.ts at ${address.port}`;
+/** Ends the breaker that answers, and waits until it is gone; throws where that cannot be. */
+async function stopBreaker({ options }: World): Promise<number> {
+  const { pid } = await askInfo(options);
+  if (!isBreaker(pid, options.port)) {
+    const place = `runs here as bun breaker.ts at ${options.port}`;
     throw new Error(`Process ${pid} is no breaker that ${place}; stop it where it runs, or with: kill`);
   }
   if (!kill(pid, "SIGTERM")) throw new Error(`Process ${pid} cannot be stopped; try it as the user who started it`);
-  if (await waitWhile(() => isBreaker(pid, address.port), address.timeoutMs)) return EXIT.closed;
+  if (await waitWhile(() => isBreaker(pid, options.port), PATIENCE_MS)) return EXIT.closed;
   throw new Error(`Process ${pid} does not stop; end it with: kill -9 ${pid}`);
 }
 
@@ -1505,18 +1509,18 @@ async function endCommand({ pid, exited }: Bun.Subprocess): Promise<void> {
 }
 
 /** INFO, where the breaker takes this machine for its own, else null; for what nobody waits long. */
-function tryInfo({ address }: World): Promise<Info | null> {
-  return askInfo({ ...address, timeoutMs: SECOND }).catch(() => null);
+function tryInfo({ options }: World): Promise<Info | null> {
+  return askInfo({ ...options, timeoutMs: 0 }).catch(() => null);
 }
 
 /** Asks every second, and gives the reason once the breaker is open, or unknown for too long. */
 async function waitForTrip(world: World): Promise<string | null> {
-  const { address, options, signal } = world;
+  const { options, signal } = world;
   for (let failingSinceMs = Infinity; ;) {
     await Bun.sleep(SECOND);
     if (signal.aborted) return null;
     try {
-      if (await askStatus(address)) return (await tryInfo(world))?.message ?? "TRUE";
+      if (await askStatus(options)) return (await tryInfo(world))?.message ?? "TRUE";
       failingSinceMs = Infinity;
     } catch (error) {
       const nowMs = performance.now();
@@ -1528,8 +1532,8 @@ async function waitForTrip(world: World): Promise<string | null> {
 
 /** Runs a command while the breaker is closed; gives its exit code, or 75. Throws where at first no breaker answers. */
 async function guard(world: World): Promise<number> {
-  const { address, rest: argv, env, log, signal } = world;
-  const isOpen = await askStatus(address);
+  const { options, rest: argv, env, log, signal } = world;
+  const isOpen = await askStatus(options);
   const info = await tryInfo(world);
   if (isOpen) {
     log(`the breaker is open, ${argv[0]} was not started: ${redact(info?.message ?? "TRUE")}`);
@@ -1562,20 +1566,18 @@ async function guard(world: World): Promise<number> {
 // ── main ────────────────────────────────────────────────────────────────────────────────────────
 
 /** What the drill's account answers to a request for tokens, plain or streamed: 120, in the shapes of both APIs. */
-function answerDrill(url: string, request: string): Response {
-  const [text, seconds] = ["This is a drill.", Math.floor(Date.now() / SECOND)];
+function answerDrill(request: string): Response {
+  const [text, created] = ["This is a drill.", Math.floor(Date.now() / SECOND)];
   const message = { role: "assistant", content: text };
-  const choices = [{ index: 0, finish_reason: "stop", message, delta: message }];
-  const output = [{ type: "message", role: "assistant", content: [{ type: "output_text", text, annotations: [] }] }];
-  const chunk = { id: crypto.randomUUID(), model: "drill", created: seconds, created_at: seconds, choices, output };
-  const usage = { input_tokens: 90, output_tokens: 30, prompt_tokens: 90, completion_tokens: 30, total_tokens: 120 };
-  const response = { ...chunk, usage };
-  const streamed = StreamRequestSchema.safeParse(parseJson(request)).data;
-  if (!streamed) return Response.json(response);
-  const chunks = streamed.stream_options?.include_usage ? [chunk, { ...response, choices: [] }] : [chunk];
-  const events = url.endsWith("/responses") ? [{ type: "response.completed", response }] : chunks;
-  const body = events.map((event) => `data: ${JSON.stringify(event)}\n\n`).join("");
-  return new Response(body, { headers: { "content-type": "text/event-stream" } });
+  const answer = {
+    ...{ id: crypto.randomUUID(), model: "drill", created, created_at: created },
+    choices: [{ index: 0, finish_reason: "stop", message, delta: message }],
+    output: [{ type: "message", role: "assistant", content: [{ type: "output_text", text, annotations: [] }] }],
+    usage: { input_tokens: 90, output_tokens: 30, prompt_tokens: 90, completion_tokens: 30, total_tokens: 120 },
+  };
+  if (!StreamRequestSchema.safeParse(parseJson(request)).success) return Response.json(answer);
+  const event = JSON.stringify({ ...answer, type: "response.completed", response: answer });
+  return new Response(`data: ${event}\n\ndata: [DONE]\n\n`, { headers: { "content-type": "text/event-stream" } });
 }
 
 /** Serves a simulated account on loopback that costs one cent after 10 s; gives its base URL. */
@@ -1585,7 +1587,7 @@ function startDrill({ now, signal }: World): string {
     hostname: "127.0.0.1",
     port: 0,
     async fetch(request) {
-      if (request.method === "POST") return answerDrill(request.url, await request.text());
+      if (request.method === "POST") return answerDrill(await request.text());
       const value = now() - startedMs >= 10 * SECOND ? "0.0100000000000000" : "0E-6176";
       const row = { amount: { value, currency: "usd" }, input_tokens: 90, output_tokens: 30, model: "drill" };
       const bucket = { start_time: Date.parse(listDays(now()).today) / SECOND, results: [row] };
@@ -1691,7 +1693,7 @@ async function check(given: World): Promise<number> {
 }
 
 /** MCP on stdin and stdout until the end of input; each call asks the running breaker. */
-async function speakMcp({ options, address, self, now, lines, print }: World): Promise<number> {
+async function speakMcp({ options, self, now, lines, print }: World): Promise<number> {
   const explainNone = (error: unknown): Info => {
     const unknown = describe({ now: now(), reading: UNSEEN, options, ...self });
     return { ...unknown, open: true, message: messageOf(error), error: messageOf(error) };
@@ -1699,7 +1701,7 @@ async function speakMcp({ options, address, self, now, lines, print }: World): P
   for await (const line of lines) {
     const isLong = Buffer.byteLength(line) > MAX_MCP_LINE_BYTES;
     const question = isLong ? fail(undefined, { code: -32600, message: "Line Too Long" }) : readMcp(line);
-    const info = question.needsLook ? await askInfo(address).catch(explainNone) : explainNone("");
+    const info = question.needsLook ? await askInfo(options).catch(explainNone) : explainNone("");
     const reply = question.reply(info);
     if (reply !== null) await print(`${reply}\n`);
     if (isLong) break;
@@ -1707,8 +1709,8 @@ async function speakMcp({ options, address, self, now, lines, print }: World): P
   return EXIT.closed;
 }
 
-async function printStatus({ address, print }: World): Promise<number> {
-  const isOpen = await askStatus(address);
+async function printStatus({ options, print }: World): Promise<number> {
+  const isOpen = await askStatus(options);
   await print(isOpen ? "TRUE\n" : "FALSE\n");
   return isOpen ? EXIT.open : EXIT.closed;
 }
@@ -1723,10 +1725,8 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
     const call = parseArguments(argv, surroundings.env);
     if (call.command === "print") return await surroundings.print(call.text).then(() => EXIT.closed);
     const { command, options, rest } = call;
-    // A breaker answers after its own --timeout at the latest.
-    const address = { ...options, timeoutMs: options.timeoutMs + 2 * SECOND };
     const self = { startedMs: surroundings.now(), gateway: null };
-    return await RUN[command]({ ...surroundings, options, address, rest, self, stop, signal: controller.signal });
+    return await RUN[command]({ ...surroundings, options, rest, self, stop, signal: controller.signal });
   } catch (error) {
     surroundings.log(`breaker: ${redact(messageOf(error))}`);
     return error instanceof UsageError ? EXIT.usage : EXIT.unavailable;
