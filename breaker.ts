@@ -58,8 +58,8 @@ function resolveLocalhost(host: string): string {
   return host.toLowerCase() === "localhost" ? "127.0.0.1" : host;
 }
 
-const text = z.string();
-const word = text.regex(/^[^\s\p{Cc}]+$/u);
+const str = z.string();
+const word = str.regex(/^[^\s\p{Cc}]+$/u);
 
 /** `"*-mini*,*-nano*=10M"` → `{ models: "*-mini*,*-nano*", limit: 10000000 }`, in tokens a UTC day. */
 const allowance = word
@@ -76,18 +76,18 @@ const PORT = { takes: "PORT", expects: "a port from 0 to 65535" };
 const choice = z.enum(["true", "false"]).transform((value) => value === "true");
 const truth = choice.meta({ takes: "true|false", expects: "true or false" });
 const toggle = choice.meta({ expects: "true or false" });
-const host = word.transform(resolveLocalhost).meta({ takes: "HOST", expects: "a host name or an address" });
-const port = scaled(/^\d{1,5}$/, { max: 65535 }).meta(PORT);
-const maybePort = port.or(z.literal("")).meta(PORT);
+const hostName = word.transform(resolveLocalhost).meta({ takes: "HOST", expects: "a host name or an address" });
+const portNumber = scaled(/^\d{1,5}$/, { max: 65535 }).meta(PORT);
+const maybePort = portNumber.or(z.literal("")).meta(PORT);
 const usd = scaled(/^(\d+\.?\d*|\.\d+)$/).meta({ takes: "USD", expects: "an amount such as 0, 0.5 or 20" });
 const time = scaled(/^\d+(ms|s|m|h)$/, { min: 1, max: DAY }).meta(TIME);
-const source = z.enum(["auto", "costs", "billing"]).meta({ takes: "NAME", expects: "auto, costs or billing" });
-const entry = text.regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expects: "the name of an entry of pass" });
-const command = text.meta({ takes: "CMD", expects: "a shell command" });
+const sourceName = z.enum(["auto", "costs", "billing"]).meta({ takes: "NAME", expects: "auto, costs or billing" });
+const entry = str.regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expects: "the name of an entry of pass" });
+const shellCommand = str.meta({ takes: "CMD", expects: "a shell command" });
 const projects = z.array(word).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
 const limits = z.array(allowance).meta(LIMIT);
 /** An http URL sends the key in the clear: only to this machine. */
-const url = z
+const apiUrl = z
   .url({ protocol: /^https?$/ })
   .regex(/^[^?#]*$/)
   .transform((href) => new URL(href))
@@ -98,8 +98,8 @@ const url = z
 
 /** Of each option: the flag, what counts where it is not given (and in a drill), and what it does. */
 const OptionsSchema = z.object({
-  host: host.meta({ flag: "host", fallback: "0.0.0.0", help: "where to listen, and where to ask" }),
-  port: port.meta({ flag: "port", fallback: "5555", help: "its port; 0 listens on any free one and logs it" }),
+  host: hostName.meta({ flag: "host", fallback: "0.0.0.0", help: "where to listen, and where to ask" }),
+  port: portNumber.meta({ flag: "port", fallback: "5555", help: "its port; 0 listens on any free one and logs it" }),
   thresholdUsd: usd.meta({ flag: "threshold", fallback: "0", help: "open when the two days cost more together" }),
   allowances: limits.meta({ flag: "allowance", help: "open when today's tokens reach this; repeatable" }),
   projects: projects.meta({ flag: "project", help: "count the costs of these projects only; repeatable" }),
@@ -107,11 +107,11 @@ const OptionsSchema = z.object({
   timeoutMs: time.meta({ flag: "timeout", fallback: "10s", help: "for one request, its body included" }),
   maxAgeMs: time.meta({ flag: "max-age", fallback: "10m", help: "how long a good look counts" }),
   whenUnknown: truth.meta({ flag: "when-unknown", fallback: "true", help: "what unknown answers" }),
-  source: source.meta({ flag: "source", fallback: "auto", help: "auto is costs on openai.com, else billing" }),
-  baseUrl: url.meta({ flag: "base-url", fallback: "https://api.openai.com/v1", help: "of the API" }),
+  source: sourceName.meta({ flag: "source", fallback: "auto", help: "auto is costs on openai.com, else billing" }),
+  baseUrl: apiUrl.meta({ flag: "base-url", fallback: "https://api.openai.com/v1", help: "of the API" }),
   passEntry: entry.meta({ flag: "pass-entry", fallback: "OPENAI_API_KEY", help: "where pass keeps the key" }),
-  onTrip: command.meta({ flag: "on-trip", help: "run by sh when the answer turns TRUE" }),
-  onReset: command.meta({ flag: "on-reset", help: "run by sh when the answer turns FALSE" }),
+  onTrip: shellCommand.meta({ flag: "on-trip", help: "run by sh when the answer turns TRUE" }),
+  onReset: shellCommand.meta({ flag: "on-reset", help: "run by sh when the answer turns FALSE" }),
   gateway: maybePort.meta({ flag: "gateway", help: "pass programs on to the API from this port of 127.0.0.1" }),
   drill: toggle.meta({ flag: "drill", fallback: "false", help: "a simulated account that costs a cent after 10 s" }),
   json: toggle.meta({ flag: "json", fallback: "false", help: "check prints the INFO object" }),
@@ -120,9 +120,9 @@ const OptionsSchema = z.object({
 export type Options = z.output<typeof OptionsSchema>;
 export type Env = Record<string, string | undefined>;
 
-const some = text.default("");
+const some = str.default("");
 /** A row of the table; an option that takes nothing is a switch. */
-const RowSchema = z.object({ flag: text, takes: some, fallback: some, inDrill: some, help: text, expects: text });
+const RowSchema = z.object({ flag: str, takes: some, fallback: some, inDrill: some, help: str, expects: str });
 const ROWS = Object.entries(OptionsSchema.shape).map(([key, schema]) => {
   return { ...RowSchema.parse(schema.meta()), key, schema, isRepeatable: schema instanceof z.ZodArray };
 });
@@ -271,7 +271,7 @@ export const CostRowSchema = z
   .transform(({ amount }) => ({ amount: amount.value }));
 
 /** A longer one would make globs slow. */
-const modelName = text.max(256);
+const modelName = str.max(256);
 
 /** Tokens of a model; `input_tokens` holds the cached ones already. */
 export const UsageRowSchema = z
@@ -297,7 +297,7 @@ const BillingDaySchema = z
 const BillingItemSchema = z.object({ cost: AmountSchema }).transform(({ cost }) => ({ amount: cost / 100 }));
 
 /** Never another machine's: exec has its command send requests there, with a key. */
-const gatewayUrl = text.regex(/^http:\/\/127\.0\.0\.1:\d{1,5}\/v1$/);
+const gatewayUrl = str.regex(/^http:\/\/127\.0\.0\.1:\d{1,5}\/v1$/);
 
 /** What INFO says; the MCP tool says the same without the pid. */
 const InfoSchema = z.object({
@@ -319,13 +319,13 @@ const InfoSchema = z.object({
 
 export type Info = z.output<typeof InfoSchema>;
 
-const count = z.int().min(0);
-const InputSchema = z.object({ input_tokens: count, output_tokens: count });
-const PromptSchema = z.object({ prompt_tokens: count, completion_tokens: count });
-const usage = z.union([InputSchema, PromptSchema]).transform(addUp).nullable().catch(null);
-const stamp = z.number().min(1e9).max(1e10).optional().catch(undefined);
+const tokenCount = z.int().min(0);
+const InputSchema = z.object({ input_tokens: tokenCount, output_tokens: tokenCount });
+const PromptSchema = z.object({ prompt_tokens: tokenCount, completion_tokens: tokenCount });
+const tokenSum = z.union([InputSchema, PromptSchema]).transform(addUp).nullable().catch(null);
+const moment = z.number().min(1e9).max(1e10).optional().catch(undefined);
 /** The shape that the Usage API counts as completions: whose tokens, how many (null: not told), made when. */
-const SpendingSchema = z.object({ id: text, model: modelName, usage, created: stamp, created_at: stamp });
+const SpendingSchema = z.object({ id: str, model: modelName, usage: tokenSum, created: moment, created_at: moment });
 /** What an answer, or an event of one, tells of the tokens that it has spent. */
 export const AnswerSchema = SpendingSchema.or(
   z.object({ response: SpendingSchema }).transform((event) => event.response),
@@ -415,11 +415,11 @@ function readEach<T>(list: unknown, { schema, problems }: { schema: z.ZodType<T>
 }
 
 type RowReader = z.ZodType<Omit<Entry, "day">>;
-type Lists = { days: z.ZodType<{ day: string; rows: unknown[] }>; rows: RowReader; problems: string[] };
+type DayReader = z.ZodType<{ day: string; rows: unknown[] }>;
 
-function readDays(list: unknown, { days, rows: schema, problems }: Lists): Entry[] {
-  const read = readEach(list, { schema: days, problems });
-  return read.flatMap(({ day, rows }) => readEach(rows, { schema, problems }).map((row) => ({ day, ...row })));
+function readDays(list: unknown, how: { days: DayReader; rows: RowReader; problems: string[] }): Entry[] {
+  const days = readEach(list, { ...how, schema: how.days });
+  return days.flatMap(({ day, rows }) => readEach(rows, { ...how, schema: how.rows }).map((row) => ({ day, ...row })));
 }
 
 /** Reads a page of the Costs or the Usage API. */
@@ -578,7 +578,7 @@ const HELP = [
   "{      begins a message of the Model Context Protocol, one a line, for this machine only",
 ].join("\n");
 
-function say(text: string | null): Question {
+function answerWith(text: string | null): Question {
   return { reply: () => text };
 }
 
@@ -586,7 +586,7 @@ function say(text: string | null): Question {
 export function findQuestion(line: string, { isLocal }: { isLocal: () => boolean }): Question {
   const [, word = ""] = /^[ \t\r]*([a-z]+)[ \t\r]*$/i.exec(line) ?? [];
   const found = LINE_COMMANDS.find(({ name }) => name === word.toUpperCase());
-  return found?.localOnly && !isLocal() ? say("ERR Not Allowed") : (found ?? say("ERR Unknown Command"));
+  return found?.localOnly && !isLocal() ? answerWith("ERR Not Allowed") : (found ?? answerWith("ERR Unknown Command"));
 }
 
 const MAX_LINE_BYTES = 256;
@@ -647,46 +647,46 @@ function formatStatus({ pid: _, ...status }: Info): Json {
   return { content: [{ type: "text", text: JSON.stringify(status) }], structuredContent: status };
 }
 
-function fail(id: Id | undefined, error: { code: number; message: string; data?: Json }): Question {
-  return say(JSON.stringify({ jsonrpc: "2.0", id, error }));
+function answerError(id: Id | undefined, error: { code: number; message: string; data?: Json }): Question {
+  return answerWith(JSON.stringify({ jsonrpc: "2.0", id, error }));
 }
 
 /** What one line of MCP asks for, a bad one too. */
 export function readMcp(line: string): Question {
-  if (!line.trim()) return say(null);
+  if (!line.trim()) return answerWith(null);
   const json = parseJson(line);
-  if (json === undefined) return fail(undefined, { code: -32700, message: "Not JSON" });
+  if (json === undefined) return answerError(undefined, { code: -32700, message: "Not JSON" });
   const envelope = JsonSchema.safeParse(json).data ?? {};
   const id = IdSchema.safeParse(envelope["id"]).data;
   const message = MessageSchema.safeParse(json);
   if (!message.success) {
-    if ("result" in envelope || "error" in envelope) return say(null);
-    return fail(id, { code: -32600, message: "Not a request of JSON-RPC 2.0" });
+    if ("result" in envelope || "error" in envelope) return answerWith(null);
+    return answerError(id, { code: -32600, message: "Not a request of JSON-RPC 2.0" });
   }
-  if (!("id" in envelope)) return say(null); // A notification.
-  if (id === undefined) return fail(id, { code: -32600, message: "id: expected a string or an integer" });
+  if (!("id" in envelope)) return answerWith(null); // A notification.
+  if (id === undefined) return answerError(id, { code: -32600, message: "id: expected a string or an integer" });
   const { method, params } = message.data;
   const known = ParamsSchema.safeParse(params ?? {});
-  if (!known.success) return fail(id, { code: -32602, message: explain(known.error) });
+  if (!known.success) return answerError(id, { code: -32602, message: explain(known.error) });
   const meta = known.data._meta ?? {};
   const requested = meta[VERSION_KEY];
   if (typeof requested === "string" && requested !== MODERN_VERSION) {
     const data = { supported: [MODERN_VERSION], requested };
-    return fail(id, { code: -32022, message: "Unsupported protocol version", data });
+    return answerError(id, { code: -32022, message: "Unsupported protocol version", data });
   }
   const modern = VERSION_KEY in meta || CAPABILITIES_KEY in meta;
   const incomplete = modern ? MetaSchema.safeParse(meta).error : null;
-  if (incomplete) return fail(id, { code: -32602, message: `_meta.${explain(incomplete)}` });
+  if (incomplete) return answerError(id, { code: -32602, message: `_meta.${explain(incomplete)}` });
   return readRequest(id, { method, params: known.data, modern });
 }
 
 function readRequest(id: Id, call: { method: string; params: Json; modern: boolean }): Question {
   const { method, params, modern } = call;
-  const invalid = (message: string) => fail(id, { code: -32602, message });
+  const invalid = (message: string) => answerError(id, { code: -32602, message });
   const envelope = modern ? { resultType: "complete", _meta: { [`${META}serverInfo`]: SERVER_INFO } } : {};
   const cached = modern ? { ttlMs: HOUR, cacheScope: "public" } : {};
   const format = (result: Json) => JSON.stringify({ jsonrpc: "2.0", id, result: { ...result, ...envelope } });
-  const succeed = (result: Json) => say(format(result));
+  const succeed = (result: Json) => answerWith(format(result));
   const about = { capabilities: { tools: {} }, instructions: INSTRUCTIONS };
   switch (`${modern ? "modern" : "handshake"} ${method}`) {
     case "handshake initialize": {
@@ -705,7 +705,7 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
       if (!JsonSchema.safeParse(params["notifications"]).success) return invalid("notifications: expected an object");
       const about = { _meta: { [`${META}subscriptionId`]: id }, notifications: {} };
       const method = "notifications/subscriptions/acknowledged";
-      return say(JSON.stringify({ jsonrpc: "2.0", method, params: about }));
+      return answerWith(JSON.stringify({ jsonrpc: "2.0", method, params: about }));
     }
     case "modern tools/list":
     case "handshake tools/list":
@@ -716,7 +716,7 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
       if (params["name"] !== TOOL) return invalid(`name: expected ${TOOL}, the only tool`);
       return { needsLook: true, reply: (info) => format(formatStatus(info)) };
     default:
-      return fail(id, { code: -32601, message: "No such method" });
+      return answerError(id, { code: -32601, message: "No such method" });
   }
 }
 
@@ -1021,7 +1021,7 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
 /** When the wall clock moves so far from the monotonic one, the machine was asleep, or somebody set it. */
 const CLOCK_JUMP_MS = 10 * SECOND;
 
-/** Looks on and on; `onAnswer` hears answers once a look has ended that began since the clocks last jumped apart. */
+/** Looks on and on; `onAnswer` hears every answer that rests on a look. */
 export function startWatch(world: World, { look, onAnswer }: { look: Look; onAnswer: (info: Info) => void }) {
   const { options, self, now, signal } = world;
   let leadMs = now() - performance.now();
@@ -1029,13 +1029,14 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
   let live: Sums = {};
   let reading = UNSEEN;
   let described: { atMs: number; info: Info } | null = null;
-  let isSettled = false;
+  /** Whether a look has ended that began since the clocks last jumped apart. */
+  let hasLooked = false;
   /** What questions wait for before the answers are settled, `--timeout` at most; null when the wait is over. */
   let wait: PromiseWithResolvers<void> | null = null;
   let alarm = Promise.withResolvers<void>();
 
   function beginWait(): void {
-    isSettled = false;
+    hasLooked = false;
     const begun = (wait ??= Promise.withResolvers<void>());
     setTimeout(begun.resolve, options.timeoutMs);
     void begun.promise.then(() => begun === wait && (wait = null));
@@ -1066,7 +1067,7 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
   /** To be called every second: age and midnight change the answer without a look. */
   function tick(): void {
     noticeJump();
-    if (isSettled && !signal.aborted) onAnswer(describeNow());
+    if (hasLooked && !signal.aborted) onAnswer(describeNow());
   }
 
   async function keepLooking(): Promise<void> {
@@ -1079,7 +1080,7 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
       noticeJump();
       if (leadMs === beganLeadMs) {
         learn(mergeLook(reading, found));
-        isSettled = true;
+        hasLooked = true;
         wait?.resolve();
       }
       tick();
@@ -1143,11 +1144,11 @@ function readQuestion(socket: Socket, { isCrowded }: { isCrowded: () => boolean 
   // This machine is on loopback, or at the very address that it connected to.
   const isLocal = () => isLoopback(socket.remoteAddress) || socket.remoteAddress === socket.localAddress;
   const last = (question: Question) => ({ question, rest: NOTHING, isMcp: false });
-  if (isMcp && !socket.data.isMcp && !isLocal()) return last(say("ERR Not Allowed"));
-  if (isMcp && !socket.data.isMcp && isCrowded()) return last(say("ERR Busy"));
+  if (isMcp && !socket.data.isMcp && !isLocal()) return last(answerWith("ERR Not Allowed"));
+  if (isMcp && !socket.data.isMcp && isCrowded()) return last(answerWith("ERR Busy"));
   const cut = takeLine(input, { ended, limit: isMcp ? MAX_MCP_LINE_BYTES : MAX_LINE_BYTES });
   if (cut === "incomplete") return null;
-  if (cut === "too long") return last(say("ERR Line Too Long"));
+  if (cut === "too long") return last(answerWith("ERR Line Too Long"));
   return isMcp ? { question: readMcp(cut.line), rest: cut.rest, isMcp } : last(findQuestion(cut.line, { isLocal }));
 }
 
@@ -1314,7 +1315,7 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
   }
 
   /** The log's line of a request: `hear` takes each object in its answer, `end` writes the line and gives the answer. */
-  function openEntry({ method, url }: Request) {
+  function openRecord({ method, url }: Request) {
     const beganMs = performance.now();
     let told: Spending | null = null;
     const hear = (json: unknown) => {
@@ -1343,7 +1344,7 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
   }
 
   /** Sends a request on where it may pass, and gives its answer while that comes. */
-  async function pass(request: Request, { hear, end }: ReturnType<typeof openEntry>): Promise<Response> {
+  async function pass(request: Request, { hear, end }: ReturnType<typeof openRecord>): Promise<Response> {
     const refusal = screen(request, server.port ?? 0);
     if (refusal) return end(refusal);
     const { body, isAsking } = await readBody(request);
@@ -1375,12 +1376,6 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
     return new Response(answer.body && comeIn(answer.body), { status, statusText, headers: passed });
   }
 
-  function handle(request: Request): Promise<Response> {
-    const entry = openEntry(request);
-    const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
-    return pass(request, entry).catch((error) => entry.end(fail(error)));
-  }
-
   const server = Bun.serve({
     hostname: "127.0.0.1",
     port: options.gateway || 0,
@@ -1388,7 +1383,11 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
     reusePort: false, // Else, then, a port in use is shared.
     idleTimeout: 0, // A model may think for minutes.
     maxRequestBodySize: Number.MAX_SAFE_INTEGER,
-    fetch: handle,
+    fetch(request) {
+      const record = openRecord(request);
+      const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
+      return pass(request, record).catch((error) => record.end(fail(error)));
+    },
   });
   return { url: `http://127.0.0.1:${server.port}/v1`, stop: () => server.stop(true) };
 }
@@ -1700,7 +1699,7 @@ async function speakMcp({ options, self, now, lines, print }: World): Promise<nu
   };
   for await (const line of lines) {
     const isLong = Buffer.byteLength(line) > MAX_MCP_LINE_BYTES;
-    const question = isLong ? fail(undefined, { code: -32600, message: "Line Too Long" }) : readMcp(line);
+    const question = isLong ? answerError(undefined, { code: -32600, message: "Line Too Long" }) : readMcp(line);
     const info = question.needsLook ? await askInfo(options).catch(explainNone) : explainNone("");
     const reply = question.reply(info);
     if (reply !== null) await print(`${reply}\n`);
