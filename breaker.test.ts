@@ -2925,6 +2925,7 @@ async function startOpenAi(reply: Reply, look: (path: string) => unknown = () =>
   const server = createServer((request, response) => {
     const chunks: Buffer[] = [];
     const { method = "", url = "", headers } = request;
+    response.sendDate = false; // It would contradict the clock of a test.
     if (url.startsWith("/v1/organization/")) return void response.end(JSON.stringify(look(url)));
     const call: Call = { method, url, headers, body: "", goneMs: null };
     calls.push(call);
@@ -3012,8 +3013,8 @@ function chunks({ isAsked }: { isAsked: boolean }) {
 }
 
 /** A breaker with a gateway, in front of `openai`. */
-async function serveGateway(openai: { base: string }, argv: string[] = ["--allowance", "*=1M"]) {
-  const breaker = await serve(["--base-url", openai.base, "--source", "costs", "--gateway", "0", ...argv]);
+async function serveGateway(openai: { base: string }, argv: string[] = ["--allowance", "*=1M"], now = Date.now) {
+  const breaker = await serve(["--base-url", openai.base, "--source", "costs", "--gateway", "0", ...argv], { now });
   const { gateway } = await breaker.info();
   if (!gateway) throw new Error("no gateway");
   return {
@@ -3387,6 +3388,15 @@ suite("the gateway", () => {
     expect(await breaker.used()).toBe(120);
   });
 
+  test("the last event of a stream that was asked for its usage is shown, also without a blank line", async () => {
+    using openai = await startOpenAi((_, response) => {
+      response.writeHead(200, { "content-type": "text/event-stream" }).end('data: {"a":1}\n\ndata: [DONE]');
+    });
+    await using breaker = await serveGateway(openai);
+    const answer = await breaker.post("/chat/completions", { stream: true });
+    expect(await answer.text()).toBe('data: {"a":1}\n\ndata: [DONE]');
+  });
+
   test("an answer that tells its length tells none where the event is taken out", async () => {
     const bytes = Buffer.from(formatEvents(chunks({ isAsked: true })));
     using openai = await startOpenAi((_, response) => {
@@ -3422,6 +3432,20 @@ suite("the gateway", () => {
     using openai = await startOpenAi(json(done));
     await using breaker = await serveGateway(openai);
     for (let i = 0; i < 3; i++) await (await fetch(`${breaker.gateway}/responses/${done.id}`)).text();
+    expect(await breaker.used()).toBe(120);
+  });
+
+  test("an id is forgotten with its day", async () => {
+    let nowMs = Date.now();
+    const done = chat({ created: undefined });
+    using openai = await startOpenAi(json(done));
+    await using breaker = await serveGateway(openai, ["--allowance", "*=1M"], () => nowMs);
+    const spend = async () => (await breaker.post("/chat/completions", {})).text();
+    await spend();
+    expect(await breaker.used()).toBe(120);
+    nowMs += DAY;
+    await spend();
+    await spend();
     expect(await breaker.used()).toBe(120);
   });
 
@@ -3588,6 +3612,16 @@ suite("the gateway", () => {
       expect(text).toMatch(/^HTTP\/1.1 40[03]/);
     }
     expect(openai.calls).toHaveLength(0);
+  });
+
+  needsLinux()("listens at 127.0.0.1 and nowhere else (Linux)", async () => {
+    using openai = await startOpenAi(json({}));
+    await using breaker = await serveGateway(openai, ["--host", "0.0.0.0"]);
+    const { port } = new URL(breaker.gateway);
+    const socket = connect({ port: Number(port), host: "127.0.0.2" });
+    const code = await new Promise((resolve) => socket.on("error", resolve).on("connect", () => resolve("connected")));
+    socket.destroy();
+    expect(code).toMatchObject({ code: "ECONNREFUSED" });
   });
 
   test("a port in use exits with 69 and names --gateway", async () => {
@@ -3878,18 +3912,19 @@ suite("slowly", () => {
       let asked = 0;
       const reply = (peer: Bun.Socket) => void peer.end("FALSE\n");
       const socket = {
-        data: (peer: Bun.Socket) => void (asked++ === 1 ? setTimeout(reply, 11_000, peer) : reply(peer)),
+        // STATUS and INFO come before the command, and then STATUS again.
+        data: (peer: Bun.Socket) => void (asked++ === 2 ? setTimeout(reply, 11_000, peer) : reply(peer)),
       };
       using waking = Bun.listen({ hostname: "127.0.0.1", port: 0, socket });
-      const untilThird = () => (asked >= 3 ? true : null);
+      const untilFourth = () => (asked >= 4 ? true : null);
       const file = join(makeFolder(), "go");
       const wait = `while [ ! -e ${file} ]; do sleep 0.1; done; exit 7`;
       const child = spawnExec(["--port", String(waking.port), "--", "sh", "-c", wait]);
-      await until(untilThird, 15_000);
+      await until(untilFourth, 18_000);
       writeFileSync(file, "");
       expect(await child.exited).toBe(7);
     },
-    20_000,
+    25_000,
   );
 
   const call = (id: string) => Buffer.from(`${request(id, "tools/call", { name: "breaker_status" })}\n`);
