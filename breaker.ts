@@ -1379,8 +1379,8 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
   const server = Bun.serve({
     hostname: "127.0.0.1",
     port: options.gateway || 0,
-    development: false, // Else Bun prints each answer that is cut.
-    reusePort: false, // Else, then, a port in use is shared.
+    development: false, // Bun would print each answer that is cut.
+    reusePort: false, // Without development, Bun would share a port in use.
     idleTimeout: 0, // A model may think for minutes.
     maxRequestBodySize: Number.MAX_SAFE_INTEGER,
     fetch(request) {
