@@ -3517,6 +3517,31 @@ suite("the gateway", () => {
     expect(openai.calls).toHaveLength(1);
   });
 
+  test("of 300 requests at once none starts upstream after a trip, and looks go on", async () => {
+    let looks = 0;
+    const held: ServerResponse[] = [];
+    const look = () => page((looks++, []));
+    using openai = await startOpenAi((_, response) => void held.push(response), look);
+    const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0"];
+    await using breaker = await spawnBreaker([...argv, "--allowance", "*=100", "--interval", "20ms"], withKey);
+    const gateway = (await breaker.info()).gateway ?? "";
+    const head = ["POST /v1/responses HTTP/1.1", `Host: ${new URL(gateway).host}`, "Connection: close"];
+    // Sockets, since the fetch of this process would hold some of them back itself.
+    const asked = Array.from({ length: 300 }, () => talkHttp(gateway, [...head, "Content-Length: 2"], "{}"));
+    await until(() => held.length === 200);
+    const seen = looks;
+    await until(() => looks > seen + 4);
+    const type = { "content-type": "application/json" };
+    const answer = (body: object) => held.shift()?.writeHead(200, type).end(JSON.stringify(body));
+    answer(response());
+    await until(async () => (await breaker.ask("STATUS")) === "TRUE");
+    const under = openai.calls.length;
+    while (held.length > 0) answer({});
+    const texts = await Promise.all(asked);
+    expect(openai.calls).toHaveLength(under);
+    expect(texts.filter((text) => text.startsWith("HTTP/1.1 403"))).toHaveLength(300 - under);
+  });
+
   test("refuses while the state is unknown, unless the user wants it otherwise", async () => {
     using openai = await startOpenAi(json(chat()), () => ({ error: "x" }));
     await using unknown = await serveGateway(openai);

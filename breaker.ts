@@ -70,7 +70,6 @@ const allowance = word
 
 // What an option may be: what that is called in --help, and what is expected where it is something else.
 const TIME = { takes: "TIME", expects: "a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h" };
-const LIMIT = { takes: "MODELS=TOKENS", expects: "MODELS=TOKENS such as *-mini*,*-nano*=10M" };
 const ADDRESS = { takes: "URL", expects: "an https URL (http only to this machine) without user, query and fragment" };
 const PORT = { takes: "PORT", expects: "a port from 0 to 65535" };
 const choice = z.enum(["true", "false"]).transform((value) => value === "true");
@@ -85,7 +84,7 @@ const sourceName = z.enum(["auto", "costs", "billing"]).meta({ takes: "NAME", ex
 const entry = str.regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expects: "the name of an entry of pass" });
 const shellCommand = str.meta({ takes: "CMD", expects: "a shell command" });
 const projects = z.array(word).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
-const limits = z.array(allowance).meta(LIMIT);
+const limits = z.array(allowance).meta({ takes: "MODELS=TOKENS", expects: "MODELS=TOKENS such as *-mini*=10M" });
 /** An http URL sends the key in the clear: only to this machine. */
 const apiUrl = z
   .url({ protocol: /^https?$/ })
@@ -1304,6 +1303,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hear
 export function startGateway({ options, now, log }: World, watch: Watch) {
   /** The answers that were counted today: one that is polled tells its usage again and again. */
   let counted = { day: "", ids: new Set<string>() };
+  let waiting = 0;
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const { today } = listDays(now());
@@ -1350,20 +1350,22 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
     const { body, isAsking } = await readBody(request);
     // Only now: while a body comes, the breaker may trip.
     await watch.whenSettled();
+    // Bun sends 256 requests at once: more would wait in it past a trip, and the looks behind them.
+    waiting++;
+    await waitWhile(() => server.pendingRequests - waiting >= 200 && !request.signal.aborted, Infinity);
+    waiting--;
     const { open, message } = watch.describe();
     if (open) return end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
-    const { method, signal } = request;
     const { pathname, search } = new URL(request.url);
     const to = `${options.baseUrl}${pathname.slice("/v1".length)}${search}`;
     const headers = passHeaders(request.headers);
     headers.set("accept-encoding", "identity");
-    const answer = await fetch(to, { method, headers, body, signal, ...ON_WIRE });
+    const answer = await fetch(to, { method: request.method, headers, body, signal: request.signal, ...ON_WIRE });
     const type = answer.headers.get("content-type") ?? "";
     const isEvents = /^text\/event-stream/i.test(type);
-    const isRead = answer.ok && (isEvents || /^application\/json/i.test(type));
+    const isPlain = (answer.headers.get("content-encoding") ?? "identity") === "identity";
+    const isRead = answer.ok && isPlain && (isEvents || /^application\/json/i.test(type));
     const isAsked = isAsking && isEvents && isRead;
-    const passed = passHeaders(answer.headers);
-    if (isAsked) passed.delete("content-length");
     async function* comeIn(body: AsyncIterable<Uint8Array>) {
       try {
         yield* isRead ? relay(body, { isEvents, isAsked, hear }) : body;
@@ -1372,8 +1374,8 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
       }
     }
     if (!answer.body) end(answer);
-    const { status, statusText } = answer;
-    return new Response(answer.body && comeIn(answer.body), { status, statusText, headers: passed });
+    const head = { status: answer.status, statusText: answer.statusText, headers: passHeaders(answer.headers) };
+    return new Response(answer.body && comeIn(answer.body), head);
   }
 
   const server = Bun.serve({
@@ -1522,9 +1524,8 @@ async function waitForTrip(world: World): Promise<string | null> {
       if (await askStatus(options)) return (await tryInfo(world))?.message ?? "TRUE";
       failingSinceMs = Infinity;
     } catch (error) {
-      const nowMs = performance.now();
-      failingSinceMs = Math.min(failingSinceMs, nowMs);
-      if (nowMs - failingSinceMs >= PATIENCE_MS && options.whenUnknown) return messageOf(error);
+      failingSinceMs = Math.min(failingSinceMs, performance.now());
+      if (performance.now() - failingSinceMs >= PATIENCE_MS && options.whenUnknown) return messageOf(error);
     }
   }
 }
