@@ -4,7 +4,7 @@
  * real `pass`. Only the account is simulated, by an HTTP server on loopback that misbehaves as told.
  * A test that needs a program names it in its title and is skipped where it is missing.
  */
-import { afterAll, describe as suite, expect, test } from "bun:test";
+import { afterAll, describe as suite, expect, setDefaultTimeout, test } from "bun:test";
 import {
   chmodSync,
   cpSync,
@@ -69,6 +69,9 @@ import {
 } from "./breaker.ts";
 
 // ── Helpers ─────────────────────────────────────────────────────────────────────────────────────
+
+// What is waited for has bounds of its own; the machine may be busy.
+setDefaultTimeout(20_000);
 
 const SCRIPT = join(import.meta.dir, "breaker.ts");
 /** Another one in each run: the search for it must not find that of a run beside this one. */
@@ -1304,7 +1307,11 @@ suite("the truth", () => {
   test.each(slow)("%s freezes nothing", async (_, source, answer) => {
     using account = startAccount(always(answer));
     const argv = ["check", "--base-url", account.base, "--source", source, "--json"];
-    const { code, out } = await within(1000, () => run(argv));
+    // Processor time, since others may have the processors too.
+    const before = process.cpuUsage();
+    const { code, out } = await run(argv);
+    const { user, system } = process.cpuUsage(before);
+    expect((user + system) / 1000).toBeLessThan(600);
     expect(code).toBe(69);
     expect(JSON.parse(out).error).not.toContain("1 MiB"); // It was read.
   });
@@ -3535,11 +3542,14 @@ suite("the gateway", () => {
     const answer = (body: object) => held.shift()?.writeHead(200, type).end(JSON.stringify(body));
     answer(response());
     await until(async () => (await breaker.ask("STATUS")) === "TRUE");
-    const under = openai.calls.length;
+    // Who waits is refused at once, not when others have ended.
+    const refused = asked.map((one) => one.then((text) => (text.startsWith("HTTP/1.1 403") ? 1 : 0)));
+    let count = 0;
+    for (const one of refused) void one.then((isRefused) => (count += isRefused));
+    await until(() => count === 100);
     while (held.length > 0) answer({});
-    const texts = await Promise.all(asked);
-    expect(openai.calls).toHaveLength(under);
-    expect(texts.filter((text) => text.startsWith("HTTP/1.1 403"))).toHaveLength(300 - under);
+    await Promise.all(refused);
+    expect([openai.calls.length, count]).toEqual([200, 100]);
   });
 
   test("refuses while the state is unknown, unless the user wants it otherwise", async () => {

@@ -814,7 +814,7 @@ function messageOf(error: unknown): string {
 }
 
 /** Waits as long as something holds, `limitMs` at most; false where it still holds then. */
-async function waitWhile(holds: () => boolean, limitMs: number): Promise<boolean> {
+async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<boolean> {
   const endMs = performance.now() + limitMs;
   while (holds()) {
     if (performance.now() > endMs) return false;
@@ -1352,7 +1352,7 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
     await watch.whenSettled();
     // Bun sends 256 requests at once: more would wait in it past a trip, and the looks behind them.
     waiting++;
-    await waitWhile(() => server.pendingRequests - waiting >= 200 && !request.signal.aborted, Infinity);
+    await waitWhile(() => server.pendingRequests - waiting >= 200 && !watch.describe().open && !request.signal.aborted);
     waiting--;
     const { open, message } = watch.describe();
     if (open) return end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
