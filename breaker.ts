@@ -630,17 +630,15 @@ const MetaSchema = z.object({ [VERSION_KEY]: z.string(), [CAPABILITIES_KEY]: Jso
 type Id = z.output<typeof IdSchema>;
 type Json = Record<string, unknown>;
 
-function describeTool(): Json {
-  const { $schema: _, ...outputSchema } = z.toJSONSchema(InfoSchema.omit({ pid: true }));
-  return {
-    name: TOOL,
-    title: "OpenAI cost breaker",
-    description: `Tells whether this OpenAI account incurred a cost today or yesterday (UTC). ${INSTRUCTIONS}`,
-    inputSchema: { type: "object", additionalProperties: false },
-    outputSchema,
-    annotations: { readOnlyHint: true, openWorldHint: false },
-  };
-}
+const { $schema: _, ...outputSchema } = z.toJSONSchema(InfoSchema.omit({ pid: true }));
+const TOOL_LISTING = {
+  name: TOOL,
+  title: "OpenAI cost breaker",
+  description: `Tells whether this OpenAI account incurred a cost today or yesterday (UTC). ${INSTRUCTIONS}`,
+  inputSchema: { type: "object", additionalProperties: false },
+  outputSchema,
+  annotations: { readOnlyHint: true, openWorldHint: false },
+};
 
 function formatStatus({ pid: _, ...status }: Info): Json {
   return { content: [{ type: "text", text: JSON.stringify(status) }], structuredContent: status };
@@ -709,7 +707,7 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
     case "modern tools/list":
     case "handshake tools/list":
       if (params["cursor"] !== undefined) return invalid("cursor: expected none, the list has one page");
-      return succeed({ tools: [describeTool()], ...cached });
+      return succeed({ tools: [TOOL_LISTING], ...cached });
     case "modern tools/call":
     case "handshake tools/call":
       if (params["name"] !== TOOL) return invalid(`name: expected ${TOOL}, the only tool`);
@@ -1300,10 +1298,12 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hear
 }
 
 /** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
-export function startGateway({ options, now, log }: World, watch: Watch) {
+export function startGateway({ options, env, now, log }: World, watch: Watch) {
   /** The answers that were counted today: one that is polled tells its usage again and again. */
   let counted = { day: "", ids: new Set<string>() };
   let waiting = 0;
+  /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
+  const room = Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200);
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const { today } = listDays(now());
@@ -1333,12 +1333,16 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
     return { hear, end };
   }
 
-  /** What to send on of a request, and whether that asks for the usage of a stream. */
-  async function readBody(request: Request) {
+  /** What to send on of a request, once it can be decided on, and whether that asks for the usage of a stream. */
+  async function prepareBody(request: Request) {
+    await watch.whenSettled();
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
     const isShort = Number(request.headers.get("content-length") ?? Infinity) <= MAX_COUNTED_BYTES;
-    if (!isChat || !isShort || options.allowances.length === 0) return { body: request.body, isAsking: false };
-    const text = Buffer.from(await request.arrayBuffer()).toString("latin1");
+    const isRead = isChat && isShort && options.allowances.length > 0 && !watch.describe().open;
+    const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
+    const isFull = () => server.pendingRequests - waiting >= room;
+    await waitWhile(() => isFull() && !watch.describe().open && !request.signal.aborted);
+    if (text === null) return { body: request.body, isAsking: false };
     const asking = askForUsage(text);
     return { body: Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
   }
@@ -1347,13 +1351,9 @@ export function startGateway({ options, now, log }: World, watch: Watch) {
   async function pass(request: Request, { hear, end }: ReturnType<typeof openRecord>): Promise<Response> {
     const refusal = screen(request, server.port ?? 0);
     if (refusal) return end(refusal);
-    const { body, isAsking } = await readBody(request);
-    // Only now: while a body comes, the breaker may trip.
-    await watch.whenSettled();
-    // Bun sends 256 requests at once: more would wait in it past a trip, and the looks behind them.
     waiting++;
-    await waitWhile(() => server.pendingRequests - waiting >= 200 && !watch.describe().open && !request.signal.aborted);
-    waiting--;
+    const { body, isAsking } = await prepareBody(request).finally(() => waiting--);
+    // Only now: while a body came, or waited for others, the breaker may have tripped.
     const { open, message } = watch.describe();
     if (open) return end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
     const { pathname, search } = new URL(request.url);
