@@ -272,9 +272,13 @@ export const CostRowSchema = z
 /** A longer one would make globs slow. */
 const modelName = str.max(256);
 
-/** Tokens of a model; `input_tokens` holds the cached ones already. */
+/** `input_tokens` holds the cached ones already. */
+const tokenCount = z.int().min(0);
+const InputSchema = z.object({ input_tokens: tokenCount, output_tokens: tokenCount });
+
+/** Tokens of a model. */
 export const UsageRowSchema = z
-  .object({ input_tokens: z.int().min(0), output_tokens: z.int().min(0), model: modelName.nullable() })
+  .object({ ...InputSchema.shape, model: modelName.nullable() })
   .transform(({ model, ...tokens }) => ({ amount: addUp(tokens), model: model ?? "" }));
 
 /** A UTC day of costs or of tokens. Older answers call `results` `result`. */
@@ -318,17 +322,13 @@ const InfoSchema = z.object({
 
 export type Info = z.output<typeof InfoSchema>;
 
-const tokenCount = z.int().min(0);
-const InputSchema = z.object({ input_tokens: tokenCount, output_tokens: tokenCount });
 const PromptSchema = z.object({ prompt_tokens: tokenCount, completion_tokens: tokenCount });
 const tokenSum = z.union([InputSchema, PromptSchema]).transform(addUp).nullable().catch(null);
 const moment = z.number().min(1e9).max(1e10).optional().catch(undefined);
 /** The shape that the Usage API counts as completions: whose tokens, how many (null: not told), made when. */
-const SpendingSchema = z.object({ id: str, model: modelName, usage: tokenSum, created: moment, created_at: moment });
+const SpentSchema = z.object({ id: str, model: modelName, usage: tokenSum, created: moment, created_at: moment });
 /** What an answer, or an event of one, tells of the tokens that it has spent. */
-export const AnswerSchema = SpendingSchema.or(
-  z.object({ response: SpendingSchema }).transform((event) => event.response),
-);
+export const AnswerSchema = SpentSchema.or(z.object({ response: SpentSchema }).transform(({ response }) => response));
 type Spending = z.output<typeof AnswerSchema>;
 
 /** The one event that a chat stream adds when it is asked for its usage. */
@@ -718,8 +718,8 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
 }
 
 // ── Passing on ──────────────────────────────────────────────────────────────────────────────────
-// What the gateway makes of requests and answers. Bodies are latin1 here, one letter a byte: nothing is cut inside
-// a letter, and what is put together again is the same to the byte.
+// What the gateway makes of requests and answers. Bodies are latin1 here, one letter a byte: nothing is cut inside a
+// letter, and what is put together again is the same.
 
 /** Cuts the complete events off a stream, each with its blank line: `"data: 1\n\nda"` → `[["data: 1\n\n"], "da"]` */
 export function cutEvents(text: string): [events: string[], rest: string] {
