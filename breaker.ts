@@ -1365,10 +1365,9 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const isEvents = /^text\/event-stream/i.test(type);
     const isPlain = (answer.headers.get("content-encoding") ?? "identity") === "identity";
     const isRead = answer.ok && isPlain && (isEvents || /^application\/json/i.test(type));
-    const isAsked = isAsking && isEvents && isRead;
     async function* comeIn(body: AsyncIterable<Uint8Array>) {
       try {
-        yield* isRead ? relay(body, { isEvents, isAsked, hear }) : body;
+        yield* isRead ? relay(body, { isEvents, isAsked: isAsking && isEvents, hear }) : body;
       } finally {
         end(answer);
       }
