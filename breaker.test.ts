@@ -3454,6 +3454,17 @@ suite("the gateway", () => {
     expect(await breaker.used()).toBe(120);
   });
 
+  test("answers of 10,000 different days cost no long time, and those of days to come count today", async () => {
+    const days = Array.from({ length: 10_000 }, (_, i) => response({ created_at: seconds() + (i - 5000) * 86_400 }));
+    using openai = await startOpenAi(events(days));
+    await using breaker = await serveGateway(openai, ["--allowance", "*=1G"]);
+    const before = process.cpuUsage();
+    await (await breaker.post("/responses", { stream: true })).text();
+    const { user, system } = process.cpuUsage(before);
+    expect(await breaker.used()).toBe(120 * 5000); // the latter half
+    expect((user + system) / 1000).toBeLessThan(2000); // It takes half a minute where each day is kept.
+  });
+
   test("an id is forgotten with its day", async () => {
     let nowMs = Date.now();
     const done = chat({ created: undefined });

@@ -1306,12 +1306,12 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   const room = Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200);
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
-    const { today } = listDays(now());
-    if (today !== counted.day) counted = { day: today, ids: new Set() };
-    if (usage === null || counted.ids.has(id)) return;
-    counted.ids.add(id);
+    const { yesterday, today, tomorrow } = listDays(now());
     const day = created_at === undefined ? today : formatDay(created_at * SECOND);
-    watch.count({ day, model, amount: usage });
+    if (today !== counted.day) counted = { day: today, ids: new Set() };
+    if (usage === null || day < yesterday || counted.ids.has(id)) return;
+    counted.ids.add(id);
+    watch.count({ day: day > tomorrow ? today : day, model, amount: usage });
   }
 
   /** The log's line of a request: `hear` takes each object in its answer, `end` writes the line and gives the answer. */
