@@ -3465,6 +3465,21 @@ suite("the gateway", () => {
     expect((user + system) / 1000).toBeLessThan(2000); // It takes half a minute where each day is kept.
   });
 
+  test("questions are answered while 40,000 events that came at once are counted", async () => {
+    const list = Array.from({ length: 40_000 }, (_, i) => ({ id: `${i}`, model: MODEL, usage: inputUsage }));
+    using openai = await startOpenAi(events(list));
+    const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0", "--allowance", "*=1G"];
+    await using breaker = await spawnBreaker(argv, withKey);
+    const { gateway } = await breaker.info();
+    const isOver = fetch(`${gateway}/responses`, { method: "POST" })
+      .then((answer) => answer.text())
+      .then(() => true);
+    let answers = 0;
+    while (!(await Promise.race([isOver, breaker.ask("STATUS").then(() => false)]))) answers++;
+    expect(answers).toBeGreaterThan(5);
+    expect((await breaker.info()).allowances[0]?.used).toBe(120 * 40_000);
+  });
+
   test("an id is forgotten with its day", async () => {
     let nowMs = Date.now();
     const done = chat({ created: undefined });

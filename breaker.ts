@@ -1292,6 +1292,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hear
     const shown = events.map(read).join("");
     held = rest.length > MAX_COUNTED_BYTES ? null : rest;
     yield isAsked ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
+    await new Promise((resolve) => setImmediate(resolve)); // Others have their turn, however much has come.
   }
   const last = read(held ?? "");
   if (isAsked) yield Buffer.from(last, "latin1");
@@ -1372,9 +1373,8 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
         end(answer);
       }
     }
-    if (!answer.body) end(answer);
     const head = { status: answer.status, statusText: answer.statusText, headers: passHeaders(answer.headers) };
-    return new Response(answer.body && comeIn(answer.body), head);
+    return answer.body ? new Response(comeIn(answer.body), head) : end(new Response(null, head));
   }
 
   const server = Bun.serve({
