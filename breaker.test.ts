@@ -3869,6 +3869,33 @@ suite("slowly", () => {
     20_000,
   );
 
+  test.concurrent("many agents share what is read in a turn", async () => {
+    const stop = new AbortController();
+    const world: World = {
+      ...surround(),
+      options: optionsOf("--host", "127.0.0.1", "--port", "0"),
+      ...{ rest: [], self: { startedMs: 0, gateway: null }, stop: () => stop.abort(), signal: stop.signal },
+    };
+    const watch = startWatch(world, { look: async () => UNSEEN, onAnswer: () => {} });
+    let [answered, before, most] = [0, 0, 0];
+    const describe = () => {
+      answered++;
+      return watch.describe();
+    };
+    const server = startServer(world, { ...watch, describe });
+    const agents = Array.from({ length: 100 }, () => connect({ port: server.port, host: "127.0.0.1" }));
+    for (const agent of agents) agent.on("data", () => {}).write("{}\n".repeat(64));
+    while (answered < 6400) {
+      await new Promise(setImmediate);
+      most = Math.max(most, answered - before);
+      before = answered;
+    }
+    expect(most).toBeLessThan(1000);
+    for (const agent of agents) agent.destroy();
+    stop.abort();
+    await server.stop();
+  });
+
   test.concurrent.skipIf(!isLinux)(
     "100 MB up and down through the gateway stay within 64 MiB of idle, an endless event within 128 MiB (Linux)",
     async () => {

@@ -1115,8 +1115,8 @@ export type Watch = ReturnType<typeof startWatch>;
 const MAX_CONNECTIONS = 1024;
 /** So that idle agents leave room for everybody else. */
 const MAX_MCP_CONNECTIONS = MAX_CONNECTIONS / 2;
-/** How much is read of a connection before others have their turn, and what may wait on all, unread or unsent. */
-const LINES_A_TURN = 64;
+/** How many lines all peers share before others have their turn, and what may be held of all, unread or unsent. */
+const LINES_A_TURN = 256;
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
 interface Peer {
@@ -1170,36 +1170,35 @@ function createPump(peers: Set<Socket>, watch: Watch) {
     peers.forEach(pump);
   };
 
-  /** Answers what a peer asks; true where its next line is left unread, since it has to wait for a look. */
-  function answer(socket: Socket): boolean {
+  /** Answers what a peer asks; tells what its next line waits for where one is left unread. */
+  function answer(socket: Socket): "look" | "turn" | null {
     const peer = socket.data;
     let replies = "";
-    let wait: Promise<void> | null = null;
-    for (let lines = 0; lines < LINES_A_TURN; lines++) {
+    let waitsFor: "look" | "turn" | null = "turn";
+    for (let lines = 0; lines < LINES_A_TURN && waitsFor === "turn"; lines += peers.size) {
       const asked = readQuestion(socket, { isCrowded });
-      if (!asked) break;
-      peer.isMcp = asked.isMcp;
-      wait = asked.question.needsLook ? watch.whenSettled() : null;
-      if (wait) break;
+      const wait = asked?.question.needsLook ? watch.whenSettled() : null;
+      if (wait) resuming ??= wait.then(resumeAll);
+      peer.isMcp = asked?.isMcp ?? peer.isMcp;
+      waitsFor = wait ? "look" : asked?.isMcp ? "turn" : null;
+      if (!asked || wait) break;
       peer.input = asked.rest;
       peer.isDone = !peer.isMcp;
       const reply = asked.question.reply(watch.describe());
       if (reply !== null) replies += `${reply}\n`;
     }
     peer.unsent = Buffer.from(replies);
-    if (wait) resuming ??= wait.then(resumeAll);
-    return wait !== null;
+    return waitsFor;
   }
 
   function pump(socket: Socket): void {
     const peer = socket.data;
-    const waits = flush(socket) && answer(socket);
+    const waitsFor = flush(socket) ? answer(socket) : null;
     peer.input = Buffer.from(peer.input); // A copy, so that what was read before it is freed.
     const isSent = flush(socket);
-    const hasMore = isSent && !waits && readQuestion(socket, { isCrowded }) !== null;
-    if (hasMore) setImmediate(pump, socket);
-    if (isSent && (waits || peer.isMcp)) peer.deadlineMs = Infinity;
-    if (!isSent || waits || hasMore) {
+    if (isSent && waitsFor === "turn") setImmediate(pump, socket);
+    if (isSent && (waitsFor === "look" || peer.isMcp)) peer.deadlineMs = Infinity;
+    if (!isSent || waitsFor) {
       socket.pause();
       if (countHeld() > MAX_HELD_BYTES) socket.terminate();
     } else if (peer.isDone || (peer.isMcp && peer.ended && peer.input.length === 0)) {
