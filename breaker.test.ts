@@ -3438,6 +3438,33 @@ suite("the gateway", () => {
     expect(openai.calls[1]?.body).toBe('{"stream":true}');
   });
 
+  test("what is read is held only up to its share, so that many that come no further fill no memory", async () => {
+    const long = "x".repeat(5 * 2 ** 20);
+    using openai = await startOpenAi((call, response) => {
+      if (call.url.endsWith("/hang")) return;
+      json(chat({ padding: call.url.endsWith("/long") ? long : "" }))(call, response);
+    });
+    await using breaker = await serveGateway(openai);
+    /** Whether a long request is asked for its usage, and how many tokens are counted of a long and a short answer. */
+    const tryLong = async () => {
+      const before = (await breaker.used()) ?? 0;
+      await (await breaker.post("/chat/completions", { stream: true, long })).text();
+      const isAsked = openai.calls.at(-1)?.body.includes("include_usage");
+      await (await breaker.post("/long", {})).text();
+      return { isAsked, counted: ((await breaker.used()) ?? 0) - before };
+    };
+    expect(await tryLong()).toEqual({ isAsked: true, counted: 240 });
+    const leaving = new AbortController();
+    const { signal } = leaving;
+    const hanging = Array.from({ length: 3 }, () => breaker.post("/hang", {}, { signal }).catch(() => {}));
+    await until(() => openai.calls.filter(({ url }) => url.endsWith("/hang")).length === 3);
+    expect(await tryLong()).toEqual({ isAsked: false, counted: 120 });
+    leaving.abort();
+    await Promise.all(hanging);
+    await until(() => openai.calls.every(({ url, goneMs }) => !url.endsWith("/hang") || goneMs !== null));
+    expect(await tryLong()).toEqual({ isAsked: true, counted: 240 });
+  });
+
   test("with no allowance nothing is touched", async () => {
     using openai = await startOpenAi((call, response) => events(chunks({ isAsked: true }))(call, response));
     await using breaker = await serveGateway(openai, []);

@@ -1267,14 +1267,11 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
 // Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
-/** What is longer is passed on unread: a body, an event, and all behind it; so is a request that tells no length. */
-const MAX_COUNTED_BYTES = 8 * 1024 * 1024;
-
-type Passage = { isEvents: boolean; isAsked: boolean; hear: (json: unknown) => void };
+type Passage = { isEvents: boolean; isAsked: boolean; limit: () => number; hear: (json: unknown) => void };
 
 /** Passes a body on as it comes, less the event that was asked for, and lets `hear` have each object in it. */
-async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hear }: Passage) {
-  /** What has come of an event or of the whole; null once that is too long. */
+async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, limit, hear }: Passage) {
+  /** What has come of an event or of the whole; null once that is too long: then all that comes passes unread. */
   let held: string | null = "";
   const read = (part: string) => {
     const json = readJson(part);
@@ -1289,7 +1286,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hear
     const text: string = held + Buffer.from(chunk).toString("latin1");
     const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
     const shown = events.map(read).join("");
-    held = rest.length > MAX_COUNTED_BYTES ? null : rest;
+    held = rest.length > limit() ? null : rest;
     yield isAsked ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
     await new Promise((resolve) => setImmediate(resolve)); // Others have their turn, however much has come.
   }
@@ -1304,6 +1301,9 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   let waiting = 0;
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
   const room = Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200);
+  const countUnderWay = () => server.pendingRequests - waiting;
+  /** How many bytes are held of one of so many, 8 MiB at most: what is longer passes unread. */
+  const share = (requests: number) => MAX_HELD_BYTES / Math.max(requests, 2);
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const { yesterday, today, tomorrow } = listDays(now());
@@ -1337,11 +1337,10 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   async function prepareBody(request: Request) {
     await watch.whenSettled();
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= MAX_COUNTED_BYTES;
+    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= share(server.pendingRequests);
     const isRead = isChat && isShort && options.allowances.length > 0 && !watch.describe().open;
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
-    const isFull = () => server.pendingRequests - waiting >= room;
-    await waitWhile(() => isFull() && !watch.describe().open && !request.signal.aborted);
+    await waitWhile(() => countUnderWay() >= room && !watch.describe().open && !request.signal.aborted);
     if (text === null) return { body: request.body, isAsking: false };
     const asking = askForUsage(text);
     return { body: Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
@@ -1365,9 +1364,10 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const isEvents = /^text\/event-stream/i.test(type);
     const isPlain = (answer.headers.get("content-encoding") ?? "identity") === "identity";
     const isRead = answer.ok && isPlain && (isEvents || /^application\/json/i.test(type));
+    const limit = () => share(countUnderWay());
     async function* comeIn(body: AsyncIterable<Uint8Array>) {
       try {
-        yield* isRead ? relay(body, { isEvents, isAsked: isAsking && isEvents, hear }) : body;
+        yield* isRead ? relay(body, { isEvents, isAsked: isAsking && isEvents, limit, hear }) : body;
       } finally {
         end(answer);
       }
