@@ -3427,6 +3427,12 @@ suite("the gateway", () => {
     expect(await answer.text()).toEndWith("data: [DONE]\n\n");
   });
 
+  test("a short answer keeps its Content-Length", async () => {
+    using openai = await startOpenAi(json({}));
+    await using breaker = await serveGateway(openai);
+    expect((await breaker.post("/responses", {})).headers.get("content-length")).toBe("2");
+  });
+
   test("a chat request that is long, or does not say how long it is, passes unread", async () => {
     using openai = await startOpenAi((call, response) => json({ length: call.body.length })(call, response));
     await using breaker = await serveGateway(openai);

@@ -724,7 +724,7 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
 /** Cuts the complete events off a stream, each with its blank line: `"data: 1\n\nda"` → `[["data: 1\n\n"], "da"]` */
 export function cutEvents(text: string): [events: string[], rest: string] {
   const events = text.match(/[^]*?\n\r?\n/gy) ?? [];
-  return [events, text.slice(events.join("").length)];
+  return [events, text.slice(events.reduce((sum, { length }) => sum + length, 0))];
 }
 
 /** The JSON of a body, or of the `data` of an event (no line of JSON begins so); undefined where it holds none. */
@@ -1288,7 +1288,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, limi
     const shown = events.map(read).join("");
     held = rest.length > limit() ? null : rest;
     yield isAsked ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
-    await new Promise((resolve) => setImmediate(resolve)); // Others have their turn, however much has come.
+    if (isEvents) await new Promise((resolve) => setImmediate(resolve)); // Others have their turn, however much came.
   }
   const last = read(held ?? "");
   if (isAsked) yield Buffer.from(last, "latin1");
