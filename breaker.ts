@@ -1273,9 +1273,12 @@ type Passage = { isEvents: boolean; isAsked: boolean; limit: () => number; hear:
 async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, limit, hear }: Passage) {
   /** What has come of an event or of the whole; null once that is too long: then all that comes passes unread. */
   let held: string | null = "";
-  const read = (part: string) => {
+  let count = 0;
+  const read = async (part: string) => {
     const json = readJson(part);
     hear(json);
+    // Others have their turn, however much has come.
+    if (++count % 64 === 0) await new Promise((resolve) => setImmediate(resolve));
     return UsageEventSchema.safeParse(json).success ? "" : part;
   };
   for await (const chunk of body) {
@@ -1285,12 +1288,12 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, limi
     }
     const text: string = held + Buffer.from(chunk).toString("latin1");
     const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
-    const shown = events.map(read).join("");
+    let shown = "";
+    for (const event of events) shown += await read(event);
     held = rest.length > limit() ? null : rest;
     yield isAsked ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
-    if (isEvents) await new Promise((resolve) => setImmediate(resolve)); // Others have their turn, however much came.
   }
-  const last = read(held ?? "");
+  const last = await read(held ?? "");
   if (isAsked) yield Buffer.from(last, "latin1");
 }
 
@@ -1303,7 +1306,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   const room = Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200);
   const countUnderWay = () => server.pendingRequests - waiting;
   /** How many bytes are held of one of so many, 8 MiB at most: what is longer passes unread. */
-  const share = (requests: number) => MAX_HELD_BYTES / Math.max(requests, 2);
+  const limit = (requests = countUnderWay()) => MAX_HELD_BYTES / Math.max(requests, 2);
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const { yesterday, today, tomorrow } = listDays(now());
@@ -1337,7 +1340,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   async function prepareBody(request: Request) {
     await watch.whenSettled();
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= share(server.pendingRequests);
+    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= limit(server.pendingRequests);
     const isRead = isChat && isShort && options.allowances.length > 0 && !watch.describe().open;
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     await waitWhile(() => countUnderWay() >= room && !watch.describe().open && !request.signal.aborted);
@@ -1364,7 +1367,6 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const isEvents = /^text\/event-stream/i.test(type);
     const isPlain = (answer.headers.get("content-encoding") ?? "identity") === "identity";
     const isRead = answer.ok && isPlain && (isEvents || /^application\/json/i.test(type));
-    const limit = () => share(countUnderWay());
     async function* comeIn(body: AsyncIterable<Uint8Array>) {
       try {
         yield* isRead ? relay(body, { isEvents, isAsked: isAsking && isEvents, limit, hear }) : body;
@@ -1722,9 +1724,8 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
   try {
     const call = parseArguments(argv, surroundings.env);
     if (call.command === "print") return await surroundings.print(call.text).then(() => EXIT.closed);
-    const { command, options, rest } = call;
     const self = { startedMs: surroundings.now(), gateway: null };
-    return await RUN[command]({ ...surroundings, options, rest, self, stop, signal: controller.signal });
+    return await RUN[call.command]({ ...surroundings, ...call, self, stop, signal: controller.signal });
   } catch (error) {
     surroundings.log(`breaker: ${redact(messageOf(error))}`);
     return error instanceof UsageError ? EXIT.usage : EXIT.unavailable;
