@@ -1301,7 +1301,8 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, limi
 export function startGateway({ options, env, now, log }: World, watch: Watch) {
   /** The answers that were counted today: one that is polled tells its usage again and again. */
   let counted = { day: "", ids: new Set<string>() };
-  let waiting = 0;
+  /** How many requests are not decided on yet, and how many have no answer yet. */
+  let [waiting, unanswered] = [0, 0];
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
   const room = Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200);
   const countUnderWay = () => server.pendingRequests - waiting;
@@ -1340,7 +1341,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   async function prepareBody(request: Request) {
     await watch.whenSettled();
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= limit(server.pendingRequests);
+    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= limit(unanswered);
     const isRead = isChat && isShort && options.allowances.length > 0 && !watch.describe().open;
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     await waitWhile(() => countUnderWay() >= room && !watch.describe().open && !request.signal.aborted);
@@ -1388,7 +1389,10 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     fetch(request) {
       const record = openRecord(request);
       const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
-      return pass(request, record).catch((error) => record.end(fail(error)));
+      unanswered++;
+      return pass(request, record)
+        .catch((error) => record.end(fail(error)))
+        .finally(() => unanswered--);
     },
   });
   return { url: `http://127.0.0.1:${server.port}/v1`, stop: () => server.stop(true) };
@@ -1647,10 +1651,7 @@ async function serve(given: World): Promise<number> {
   log(`breaker ${VERSION} listens on ${options.host}:${server.port}, looks at ${resolveSource(options)}`);
   if (gateway) log(`the gateway is ${gateway.url}`);
   if (options.maxAgeMs < options.intervalMs) log("--max-age is below --interval: between looks the state is unknown");
-  const ticker = setInterval(() => {
-    watch.tick();
-    server.tick();
-  }, SECOND);
+  const ticker = setInterval(() => [watch, server].forEach((each) => each.tick()), SECOND);
   watch.hurry();
   await new Promise((resolve) => signal.addEventListener("abort", resolve));
   log("stopping");
