@@ -332,7 +332,7 @@ export const AnswerSchema = SpentSchema.or(z.object({ response: SpentSchema }).t
 type Spending = z.output<typeof AnswerSchema>;
 
 /** The one event that a chat stream adds when it is asked for its usage. */
-const UsageEventSchema = z.object({ choices: ListSchema.length(0), usage: JsonSchema });
+const UsageEventSchema = z.object({ choices: z.tuple([]), usage: z.object({}) });
 const WishSchema = z.looseObject({ include_usage: z.boolean().optional() });
 const StreamRequestSchema = z.object({ stream: z.literal(true), stream_options: WishSchema.nullish() });
 
@@ -464,12 +464,13 @@ function nameSum(day: string, models = ""): string {
 }
 
 /** `sums` with `entries`. A credit (below 0) hides no cost; a model counts toward the first allowance that fits it. */
-export function addEntries(sums: Sums, { entries, options }: { entries: Entry[]; options: Options }): Sums {
+export function addEntries(sums: Sums, entries: Entry[], { now, options }: Omit<Moment, "reading">): Sums {
   const added = { ...sums };
+  const { yesterday, tomorrow } = listDays(now);
   for (const { day, amount, model } of entries) {
     const limit = options.allowances.find(({ models }) => model !== undefined && matchesModel(models, model));
-    if (model !== undefined && !limit) continue;
-    const name = nameSum(day, limit?.models);
+    if (day < yesterday || (model !== undefined && !limit)) continue;
+    const name = nameSum(day > tomorrow ? tomorrow : day, limit?.models); // So that there are few, whatever comes.
     added[name] = (added[name] ?? 0) + Math.max(amount, 0);
   }
   return added;
@@ -999,7 +1000,7 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
     const reads = listEndpoints(options, beganMs).map(({ what, path, read }) => {
       const ask = async (query: string) => {
         const { entries, next, problem } = read(await request(path + query, { secret, look }));
-        onSeen((look.sums = addEntries(look.sums, { entries, options })));
+        onSeen((look.sums = addEntries(look.sums, entries, { now: beganMs, options })));
         if (problem !== null) throw new Error(problem);
         return next;
       };
@@ -1094,7 +1095,7 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
     tick,
     /** Counts tokens that were seen to be spent, and trips at once. */
     count(entry: Entry): void {
-      live = addEntries(live, { entries: [entry], options });
+      live = addEntries(live, [entry], { now: now(), options });
       learn(reading);
       tick();
     },
@@ -1267,100 +1268,101 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
 // Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
-type Passage = { isEvents: boolean; isAsked: boolean; limit: () => number; hear: (json: unknown) => void };
+type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean; read(part: string): Promise<unknown> };
 
-/** Passes a body on as it comes, less the event that was asked for, and lets `hear` have each object in it. */
-async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, limit, hear }: Passage) {
-  /** What has come of an event or of the whole; null once that is too long: then all that comes passes unread. */
-  let held: string | null = "";
-  let count = 0;
-  const read = async (part: string) => {
-    const json = readJson(part);
-    hear(json);
-    // Others have their turn, however much has come.
-    if (++count % 64 === 0) await new Promise((resolve) => setImmediate(resolve));
-    return UsageEventSchema.safeParse(json).success ? "" : part;
-  };
+/** Passes a body on as it comes, less the event that was asked for; what is too long to be held passes unread. */
+async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold, read }: Relay) {
+  /** What has come of an event, or of the whole. */
+  let held = "";
+  const show = async (part: string) => (UsageEventSchema.safeParse(await read(part)).success && isAsked ? "" : part);
   for await (const chunk of body) {
-    if (held === null) {
-      yield chunk;
-      continue;
-    }
     const text: string = held + Buffer.from(chunk).toString("latin1");
     const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
     let shown = "";
-    for (const event of events) shown += await read(event);
-    held = rest.length > limit() ? null : rest;
-    yield isAsked ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
+    for (const event of events) shown += await show(event);
+    held = hold(rest.length) ? rest : "";
+    yield isAsked ? Buffer.from(held === rest ? shown : shown + rest, "latin1") : chunk;
   }
-  const last = await read(held ?? "");
+  const last = await show(held);
   if (isAsked) yield Buffer.from(last, "latin1");
 }
 
 /** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
 export function startGateway({ options, env, now, log }: World, watch: Watch) {
   /** The answers that were counted today: one that is polled tells its usage again and again. */
-  let counted = { day: "", ids: new Set<string>() };
-  /** How many requests are not decided on yet, and how many have no answer yet. */
-  let [waiting, unanswered] = [0, 0];
+  let counted = { day: "", ids: new Set<number | bigint>() };
+  let waiting = 0;
+  /** How many bytes more may be held of all bodies. */
+  let left = MAX_HELD_BYTES;
+  /** Who reads much waits for a turn, so that others have theirs. */
+  let turn = Promise.resolve();
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
   const room = Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200);
-  const countUnderWay = () => server.pendingRequests - waiting;
-  /** How many bytes are held of one of so many, 8 MiB at most: what is longer passes unread. */
-  const limit = (requests = countUnderWay()) => MAX_HELD_BYTES / Math.max(requests, 2);
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
-    const { yesterday, today, tomorrow } = listDays(now());
-    const day = created_at === undefined ? today : formatDay(created_at * SECOND);
+    const today = formatDay(now());
     if (today !== counted.day) counted = { day: today, ids: new Set() };
-    if (usage === null || day < yesterday || counted.ids.has(id)) return;
-    counted.ids.add(id);
-    watch.count({ day: day > tomorrow ? today : day, model, amount: usage });
+    if (usage === null || counted.ids.has(Bun.hash(id))) return;
+    counted.ids.add(Bun.hash(id));
+    watch.count({ day: created_at === undefined ? today : formatDay(created_at * SECOND), model, amount: usage });
   }
 
-  /** The log's line of a request: `hear` takes each object in its answer, `end` writes the line and gives the answer. */
+  /** What is kept of a request until its answer ends, which writes a line to the log. */
   function openRecord({ method, url }: Request) {
     const beganMs = performance.now();
     let told: Spending | null = null;
-    const hear = (json: unknown) => {
+    let [held, parts] = [0, 0];
+    /** Whether so much may be held in place of what was: a quarter of what all others leave. */
+    const hold = (size: number) => {
+      left += held;
+      held = size <= left / 4 ? size : 0;
+      left -= held;
+      return held === size;
+    };
+    /** Gives the JSON of a part of the answer, and counts what it tells. */
+    const read = async (part: string) => {
+      const isMuch = part.length > 65536 || ++parts % 64 === 0;
+      if (isMuch) await (turn = turn.then(() => new Promise((resolve) => setImmediate(resolve))));
+      const json = readJson(part);
       const spending = AnswerSchema.safeParse(json).data;
       if (spending) countOnce(spending);
       if (spending && (told?.usage ?? null) === null) told = spending;
+      return json;
     };
     const end = (answer: Response) => {
       const path = URL.canParse(url) ? new URL(url).pathname : "?";
       const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
       const seconds = ((performance.now() - beganMs) / SECOND).toFixed(2);
+      hold(0);
       log(redact(`${method} ${path} ${answer.status}${spent} ${seconds} s`));
       return answer;
     };
-    return { hear, end };
+    return { hold, read, end };
   }
 
   /** What to send on of a request, once it can be decided on, and whether that asks for the usage of a stream. */
-  async function prepareBody(request: Request) {
+  async function prepareBody(request: Request, { hold }: Pick<Relay, "hold">) {
     await watch.whenSettled();
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const isShort = Number(request.headers.get("content-length") ?? Infinity) <= limit(unanswered);
-    const isRead = isChat && isShort && options.allowances.length > 0 && !watch.describe().open;
+    const isAskable = isChat && options.allowances.length > 0 && !watch.describe().open;
+    const isRead = isAskable && hold(Number(request.headers.get("content-length") ?? Infinity));
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
-    await waitWhile(() => countUnderWay() >= room && !watch.describe().open && !request.signal.aborted);
-    if (text === null) return { body: request.body, isAsking: false };
-    const asking = askForUsage(text);
-    return { body: Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
+    const isFull = () => server.pendingRequests - waiting >= room;
+    await waitWhile(() => isFull() && !watch.describe().open && !request.signal.aborted);
+    const asking = text === null ? null : askForUsage(text);
+    return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
   }
 
   /** Sends a request on where it may pass, and gives its answer while that comes. */
-  async function pass(request: Request, { hear, end }: ReturnType<typeof openRecord>): Promise<Response> {
+  async function pass(request: Request, { hold, read, end }: ReturnType<typeof openRecord>): Promise<Response> {
     const refusal = screen(request, server.port ?? 0);
     if (refusal) return end(refusal);
     waiting++;
-    const { body, isAsking } = await prepareBody(request).finally(() => waiting--);
+    const { body, isAsking } = await prepareBody(request, { hold }).finally(() => waiting--);
     // Only now: while a body came, or waited for others, the breaker may have tripped.
     const { open, message } = watch.describe();
     if (open) return end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
-    const { pathname, search } = new URL(request.url);
-    const to = `${options.baseUrl}${pathname.slice("/v1".length)}${search}`;
+    const to = request.url.replace(/^http:\/\/[^/]*\/v1/, () => options.baseUrl);
     const headers = passHeaders(request.headers);
     headers.set("accept-encoding", "identity");
     const answer = await fetch(to, { method: request.method, headers, body, signal: request.signal, ...ON_WIRE });
@@ -1370,7 +1372,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const isRead = answer.ok && isPlain && (isEvents || /^application\/json/i.test(type));
     async function* comeIn(body: AsyncIterable<Uint8Array>) {
       try {
-        yield* isRead ? relay(body, { isEvents, isAsked: isAsking && isEvents, limit, hear }) : body;
+        yield* isRead ? relay(body, { isEvents, isAsked: isAsking && isEvents, hold, read }) : body;
       } finally {
         end(answer);
       }
@@ -1389,10 +1391,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     fetch(request) {
       const record = openRecord(request);
       const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
-      unanswered++;
-      return pass(request, record)
-        .catch((error) => record.end(fail(error)))
-        .finally(() => unanswered--);
+      return pass(request, record).catch((error) => record.end(fail(error)));
     },
   });
   return { url: `http://127.0.0.1:${server.port}/v1`, stop: () => server.stop(true) };
@@ -1547,10 +1546,9 @@ async function guard(world: World): Promise<number> {
   const gateway = given || !info?.gateway ? {} : { OPENAI_BASE_URL: info.gateway };
   if (given && info?.gateway) log(`OPENAI_BASE_URL is set already, so that the gateway at ${info.gateway} is not used`);
   let child: Bun.Subprocess | null = null;
-  const hasTerminal = [0, 1, 2].some(isatty);
   const passOn = (name: NodeJS.Signals) => {
     // The terminal sends these to the command itself.
-    const isTyped = hasTerminal && (name === "SIGINT" || name === "SIGQUIT");
+    const isTyped = [0, 1, 2].some(isatty) && (name === "SIGINT" || name === "SIGQUIT");
     if (!isTyped) child?.kill(name);
   };
   hearSignals(passOn, signal);
