@@ -3449,7 +3449,7 @@ suite("the gateway", () => {
     expect(openai.calls[1]?.body).toBe('{"stream":true}');
   });
 
-  test("all that is held together stays below 16 MiB: what would be too much passes unread", async () => {
+  test("all that is held together stays below 32 MiB: what would be too much passes unread", async () => {
     const long = "x".repeat(3 * 2 ** 20);
     using openai = await startOpenAi((call, response) => {
       json(chat({ padding: call.url.endsWith("/long") ? long : "" }))(call, response);
@@ -3465,7 +3465,7 @@ suite("the gateway", () => {
     };
     expect(await tryLong()).toEqual({ isAsked: true, counted: 240 });
     const { host, port } = new URL(breaker.gateway);
-    const stalled = [4, 3].map((mebibytes) => {
+    const stalled = [4, 3.5, 3].map((mebibytes) => {
       const socket = connect({ port: Number(port), host: "127.0.0.1" }).on("error", () => {});
       socket.write(
         `POST /v1/chat/completions HTTP/1.1\r\nHost: ${host}\r\nContent-Length: ${mebibytes * 2 ** 20}\r\n\r\n`,
@@ -3504,6 +3504,15 @@ suite("the gateway", () => {
     await using breaker = await serveGateway(openai);
     for (let i = 0; i < 3; i++) await (await fetch(`${breaker.gateway}/responses/${done.id}`)).text();
     expect(await breaker.used()).toBe(120);
+  });
+
+  test("counts what a stream tells again and again, as it grows, once", async () => {
+    const told = [0, 50, 80, 120, 120, 90].map((output_tokens) => ({ input_tokens: 0, output_tokens }));
+    using openai = await startOpenAi(events(told.map((usage) => response({ id: "same", usage }))));
+    await using breaker = await serveGateway(openai);
+    await (await breaker.post("/responses", { stream: true })).text();
+    expect(await breaker.used()).toBe(120);
+    expect(breaker.logs.at(-1)).toContain("120 tokens");
   });
 
   test("answers of 10,000 different days cost no long time, and those of days to come count today", async () => {
@@ -3672,21 +3681,24 @@ suite("the gateway", () => {
     expect(openai.calls).toHaveLength(2);
   });
 
-  test("keeps below a limit of Bun's that the user has lowered", async () => {
+  test.each([
+    ["60", 4],
+    ["20", 1],
+  ])("keeps below a limit of Bun's that the user has lowered to %s", async (limit, room) => {
     const held: ServerResponse[] = [];
     using openai = await startOpenAi((_, response) => void held.push(response));
     const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0", "--allowance", "*=100"];
-    const env = { ...withKey.env, BUN_CONFIG_MAX_HTTP_REQUESTS: "60" };
+    const env = { ...withKey.env, BUN_CONFIG_MAX_HTTP_REQUESTS: limit };
     await using breaker = await spawnBreaker(argv, { env });
     const gateway = (await breaker.info()).gateway ?? "";
     const head = ["GET /v1/models HTTP/1.1", `Host: ${new URL(gateway).host}`, "Connection: close"];
     const asked = Array.from({ length: 70 }, () => talkHttp(gateway, head));
-    await until(() => held.length === 4);
+    await until(() => held.length === room);
     held.shift()?.writeHead(200, { "content-type": "application/json" }).end(JSON.stringify(response()));
     await until(async () => (await breaker.ask("STATUS")) === "TRUE");
     for (const one of held) one.end();
     await Promise.all(asked);
-    expect(openai.calls).toHaveLength(4);
+    expect(openai.calls).toHaveLength(room);
   });
 
   test("refuses while the state is unknown, unless the user wants it otherwise", async () => {
@@ -4000,6 +4012,23 @@ suite("slowly", () => {
       clearInterval(watching);
     },
     30_000,
+  );
+
+  test.concurrent(
+    "who connects to the gateway and asks nothing is cut off, so that no file descriptors run out",
+    async () => {
+      using account = startAccount(always(FREE));
+      const argv = ["--base-url", account.base, "--source", "costs", "--gateway", "0"];
+      await using breaker = await spawnBreaker(argv, withKey);
+      const port = Number(new URL((await breaker.info()).gateway ?? "").port);
+      const ended = ["", "GET /v1/models HT"].map((text) => {
+        const socket = connect({ port, host: "127.0.0.1" }).on("error", () => {});
+        if (text) socket.write(text);
+        return new Promise((resolve) => socket.on("close", resolve));
+      });
+      await Promise.all(ended);
+    },
+    25_000,
   );
 
   test.concurrent(

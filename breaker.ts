@@ -234,13 +234,11 @@ function addUp(sums: Record<string, number>): number {
   return Object.values(sums).reduce((total, amount) => total + amount, 0);
 }
 
-/** What a cost counts as that is too small for a number: only zero is 0. */
-const TINY = 1e-300;
-
 /** An amount: a finite number, or a string as OpenAI sends them live (`"0E-6176"`, `"0.1739150000000000"`). */
 export const AmountSchema = z
   .union([z.number(), z.string().regex(/^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i)])
-  .transform((value) => (/^[^e-]*[1-9]/i.test(String(value)) ? Math.max(Number(value), TINY) : Number(value)))
+  // Only zero is 0: what is too small for a number counts as 1e-300.
+  .transform((value) => (/^[^e-]*[1-9]/i.test(String(value)) ? Math.max(Number(value), 1e-300) : Number(value)))
   .pipe(z.number());
 
 /** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
@@ -333,7 +331,8 @@ type Spending = z.output<typeof AnswerSchema>;
 
 /** The one event that a chat stream adds when it is asked for its usage. */
 const UsageEventSchema = z.object({ choices: z.tuple([]), usage: z.object({}) });
-const WishSchema = z.looseObject({ include_usage: z.boolean().optional() });
+/** Not copied: it can have very many members. */
+const WishSchema = z.custom<{ include_usage?: unknown }>((wish) => typeof wish === "object");
 const StreamRequestSchema = z.object({ stream: z.literal(true), stream_options: WishSchema.nullish() });
 
 // ── Money and time ──────────────────────────────────────────────────────────────────────────────
@@ -742,9 +741,9 @@ export function askForUsage(body: string): string | null {
   const read = (text: string) => StreamRequestSchema.safeParse(parseJson(text)).data;
   const request = read(body);
   if (!request || request.stream_options?.include_usage) return null;
-  const wish = `"stream_options":${JSON.stringify({ ...request.stream_options, include_usage: true })}`;
-  const old = request.stream_options === undefined ? "{" : /"stream_options"\s*:\s*(null|\{[^{}]*\})/;
-  const spliced = body.replace(old, () => (old === "{" ? `{${wish},` : wish));
+  const formatWish = () => `"stream_options":${JSON.stringify({ ...request.stream_options, include_usage: true })}`;
+  const old = request.stream_options === undefined ? "{" : /"stream_options"\s*:\s*(null|\{[^{}]{0,999}\})/;
+  const spliced = body.replace(old, () => (old === "{" ? `{${formatWish()},` : formatWish()));
   return read(spliced)?.stream_options?.include_usage ? spliced : null;
 }
 
@@ -815,11 +814,8 @@ function messageOf(error: unknown): string {
 /** Waits as long as something holds, `limitMs` at most; false where it still holds then. */
 async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<boolean> {
   const endMs = performance.now() + limitMs;
-  while (holds()) {
-    if (performance.now() > endMs) return false;
-    await Bun.sleep(50);
-  }
-  return true;
+  while (holds() && performance.now() < endMs) await Bun.sleep(50);
+  return !holds();
 }
 
 /** All bytes of a stream; throws where there are more than 1 MiB. */
@@ -1164,7 +1160,8 @@ function createPump(peers: Set<Socket>, watch: Watch) {
   /** What all share who wait for a look. */
   let resuming: Promise<void> | null = null;
   const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_MCP_CONNECTIONS;
-  const countHeld = () => [...peers].reduce((sum, { data }) => sum + data.input.length + data.unsent.length, 0);
+  const sizeOf = ({ input, unsent }: Peer) => input.length + unsent.length;
+  const countHeld = () => [...peers].reduce((sum, { data }) => sum + sizeOf(data), 0);
 
   const resumeAll = () => {
     resuming = null;
@@ -1201,7 +1198,7 @@ function createPump(peers: Set<Socket>, watch: Watch) {
     if (isSent && (waitsFor === "look" || peer.isMcp)) peer.deadlineMs = Infinity;
     if (!isSent || waitsFor) {
       socket.pause();
-      if (countHeld() > MAX_HELD_BYTES) socket.terminate();
+      if (sizeOf(peer) * peers.size > MAX_HELD_BYTES && countHeld() > MAX_HELD_BYTES) socket.terminate();
     } else if (peer.isDone || (peer.isMcp && peer.ended && peer.input.length === 0)) {
       peer.isDone = true;
       peer.deadlineMs = performance.now() + PATIENCE_MS;
@@ -1289,22 +1286,24 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold
 
 /** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
 export function startGateway({ options, env, now, log }: World, watch: Watch) {
-  /** The answers that were counted today: one that is polled tells its usage again and again. */
-  let counted = { day: "", ids: new Set<number | bigint>() };
+  /** What answers have told today, by id: one that is polled tells it again, a stream may tell it as it grows. */
+  let counted = { day: "", ids: new Map<number, number>() };
   let waiting = 0;
-  /** How many bytes more may be held of all bodies. */
-  let left = MAX_HELD_BYTES;
-  /** Who reads much waits for a turn, so that others have theirs. */
+  let left = 2 * MAX_HELD_BYTES; // of what may be held of all bodies
+  /** Who reads much takes turns, so that others have theirs. */
   let turn = Promise.resolve();
+  const takeTurn = () => (turn = turn.then(() => new Promise((resolve) => setImmediate(resolve))));
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
-  const room = Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200);
+  const room = Math.max(Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200), 1);
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const today = formatDay(now());
-    if (today !== counted.day) counted = { day: today, ids: new Set() };
-    if (usage === null || counted.ids.has(Bun.hash(id))) return;
-    counted.ids.add(Bun.hash(id));
-    watch.count({ day: created_at === undefined ? today : formatDay(created_at * SECOND), model, amount: usage });
+    if (today !== counted.day) counted = { day: today, ids: new Map() };
+    const key = Number(Bun.hash(id)); // An id can be long.
+    const more = (usage ?? 0) - (counted.ids.get(key) ?? 0);
+    if (more <= 0) return;
+    counted.ids.set(key, usage ?? 0);
+    watch.count({ day: created_at === undefined ? today : formatDay(created_at * SECOND), model, amount: more });
   }
 
   /** What is kept of a request until its answer ends, which writes a line to the log. */
@@ -1312,21 +1311,23 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const beganMs = performance.now();
     let told: Spending | null = null;
     let [held, parts] = [0, 0];
-    /** Whether so much may be held in place of what was: a quarter of what all others leave. */
+    /** Whether so much may be held in place of what was: an eighth of what all others leave, 4 MiB at most. */
     const hold = (size: number) => {
       left += held;
-      held = size <= left / 4 ? size : 0;
+      held = size <= left / 8 ? size : 0;
       left -= held;
       return held === size;
     };
     /** Gives the JSON of a part of the answer, and counts what it tells. */
     const read = async (part: string) => {
-      const isMuch = part.length > 65536 || ++parts % 64 === 0;
-      if (isMuch) await (turn = turn.then(() => new Promise((resolve) => setImmediate(resolve))));
+      const isSilent = told !== null && !part.includes("_tokens"); // Most events of a stream tell nothing more.
+      const isMuch = part.length > 65536 || ++parts % (isSilent ? 4096 : 64) === 0;
+      if (isMuch) await takeTurn();
+      if (isSilent) return undefined;
       const json = readJson(part);
       const spending = AnswerSchema.safeParse(json).data;
       if (spending) countOnce(spending);
-      if (spending && (told?.usage ?? null) === null) told = spending;
+      if (spending && (told?.usage ?? -1) <= (spending.usage ?? -1)) told = spending;
       return json;
     };
     const end = (answer: Response) => {
@@ -1347,6 +1348,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const isAskable = isChat && options.allowances.length > 0 && !watch.describe().open;
     const isRead = isAskable && hold(Number(request.headers.get("content-length") ?? Infinity));
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
+    if (text !== null) await takeTurn();
     const isFull = () => server.pendingRequests - waiting >= room;
     await waitWhile(() => isFull() && !watch.describe().open && !request.signal.aborted);
     const asking = text === null ? null : askForUsage(text);
@@ -1386,9 +1388,9 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     port: options.gateway || 0,
     development: false, // Bun would print each answer that is cut.
     reusePort: false, // Without development, Bun would share a port in use.
-    idleTimeout: 0, // A model may think for minutes.
     maxRequestBodySize: Number.MAX_SAFE_INTEGER,
     fetch(request) {
+      server.timeout(request, 0); // A model may think for minutes; who sends no request is cut off.
       const record = openRecord(request);
       const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
       return pass(request, record).catch((error) => record.end(fail(error)));
