@@ -690,7 +690,8 @@ test.each([
   ["provided: sk-other-abc***xyz, again", "provided: sk-*** again"],
   ["two\nlines\x1b[31m\0", "two lines [31m "],
   ["from right to\u202eleft", "from right to left"],
-  ["nothing secret", "nothing secret"],
+  ["a task-list on disk-0 is nothing secret", "a task-list on disk-0 is nothing secret"],
+  [`of the model osk-admin-${"k".repeat(40)}`, "of the model osk-***"],
   ["x".repeat(5000), `${"x".repeat(300)}…`],
 ])("%j is redacted", (text, expected) => {
   expect(redact(text)).toBe(expected);
@@ -700,6 +701,7 @@ const digits = "1".repeat(2 ** 20);
 const blanks = " ".repeat(2 ** 20);
 const start_time = Date.parse("2026-11-22") / 1000;
 const rows = (results: unknown[]) => readPage(page([{ start_time, results }]), CostRowSchema);
+const members = `{${Array.from({ length: 100_000 }, (_, i) => `"${i}":0`).join(",")}}`;
 const hostile: [string, () => unknown][] = [
   ["digits and a letter", () => AmountSchema.safeParse(`${digits}x`)],
   ["digits, a point, digits and a letter", () => AmountSchema.safeParse(`${digits}.${digits}x`)],
@@ -711,6 +713,8 @@ const hostile: [string, () => unknown][] = [
   ["blanks around a command", () => findQuestion(`${blanks}STATUS${blanks}x`, { isLocal: () => true })],
   ["blanks for a brace", () => beginsMcp(Buffer.from(`${blanks}x`))],
   ["a message of MCP", () => readMcp(`{"jsonrpc":"2.0","id":"${digits}","method":"${blanks}"`)],
+  ["members of an object of MCP", () => readMcp(`{"jsonrpc":"2.0","id":1,"method":"ping","params":${members}}`)],
+  ["wishes of a stream", () => askForUsage(`{"stream":true,"stream_options":${members}}`)],
   ["a cursor", () => readPage({ data: [], has_more: true, next_page: digits }, CostRowSchema)],
   ["bad rows", () => rows(Array(500_000).fill(0))],
   ["bad buckets", () => readPage(page(Array(500_000).fill(0)), CostRowSchema)],
@@ -3189,6 +3193,7 @@ suite("passing on", () => {
     ["/v1/models", { host: "LocalHost:7" }, null],
     ["/v1/models", { host: "[::1]:7", "sec-fetch-mode": "cors" }, null],
     ["/v1/models", { host: "127.0.0.1:8" }, 403],
+    ["/v1/models", { host: "127.0.0.1:80" }, 403],
     ["/v1/models", { host: "127.0.0.1" }, 403],
     ["/v1/models", { host: "evil.example:7" }, 403],
     ["/v1/models", { host: "localhost.evil.example:7" }, 403],
@@ -3208,6 +3213,15 @@ suite("passing on", () => {
     const refusal = screen({ url: `http://127.0.0.1:7${path}`, headers: new Headers(headers) }, 7);
     expect(refusal?.status ?? null).toBe(expected);
     if (refusal) expect(refusal.headers.get("x-should-retry")).toBe("false");
+  });
+
+  test("at port 80, a Host has no port", () => {
+    const ask = (host: string) => screen({ url: "http://127.0.0.1/v1/models", headers: new Headers({ host }) }, 80);
+    expect(["127.0.0.1", "localhost", "evil.example"].map((host) => ask(host)?.status)).toEqual([
+      undefined,
+      undefined,
+      403,
+    ]);
   });
 });
 
@@ -3943,7 +3957,10 @@ suite("slowly", () => {
     20_000,
   );
 
-  test.concurrent("many agents share what is read in a turn", async () => {
+  test.concurrent.each([
+    ["64 short lines each", "{}\n".repeat(64), 64, 200],
+    ["a long line each", `{"jsonrpc":"2.0","id":${"[".repeat(60_000)}\n`, 1, 10],
+  ])("agents that send %s are read in turns", async (_, text, lines, limit) => {
     const stop = new AbortController();
     const world: World = {
       ...surround(),
@@ -3958,13 +3975,13 @@ suite("slowly", () => {
     };
     const server = startServer(world, { ...watch, describe });
     const agents = Array.from({ length: 100 }, () => connect({ port: server.port, host: "127.0.0.1" }));
-    for (const agent of agents) agent.on("data", () => {}).write("{}\n".repeat(64));
-    while (answered < 6400) {
+    for (const agent of agents) agent.on("data", () => {}).write(text);
+    while (answered < 100 * lines) {
       await new Promise(setImmediate);
       most = Math.max(most, answered - before);
       before = answered;
     }
-    expect(most).toBeLessThan(1000);
+    expect(most).toBeLessThan(limit);
     for (const agent of agents) agent.destroy();
     stop.abort();
     await server.stop();

@@ -15,9 +15,6 @@
  *
  *     It never says FALSE without having seen, recently and completely, that nothing was spent.
  *
- * Exit codes: 0 closed or done, 1 open, 64 usage, 69 unknown or no breaker, 75 stopped by the breaker;
- * `exec` otherwise ends with the exit code of its command.
- *
  * It reads from top to bottom: what is pure, then the effects, then `main`; importing it does nothing.
  * Its documentation is the README.md of the project "breaker".
  *
@@ -249,7 +246,9 @@ export function formatDay(ms: number): string {
 /** 00:00 UTC of a day, in Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
 const midnight = z.number().min(1e9).max(1e10).multipleOf(86400);
 const DaySchema = midnight.transform((seconds) => formatDay(seconds * SECOND));
-const JsonSchema = z.looseObject({});
+/** An object, not copied: it can have very many members. */
+const JsonSchema = z.custom<Json>((json) => json instanceof Object && !Array.isArray(json), "expected an object");
+type Json = Record<string, unknown>;
 const ListSchema = z.array(z.unknown());
 const RowsSchema = ListSchema.optional();
 
@@ -331,9 +330,7 @@ type Spending = z.output<typeof AnswerSchema>;
 
 /** The one event that a chat stream adds when it is asked for its usage. */
 const UsageEventSchema = z.object({ choices: z.tuple([]), usage: z.object({}) });
-/** Not copied: it can have very many members. */
-const WishSchema = z.custom<{ include_usage?: unknown }>((wish) => typeof wish === "object");
-const StreamRequestSchema = z.object({ stream: z.literal(true), stream_options: WishSchema.nullish() });
+const StreamRequestSchema = z.object({ stream: z.literal(true), stream_options: JsonSchema.nullish() });
 
 // ── Money and time ──────────────────────────────────────────────────────────────────────────────
 
@@ -377,7 +374,7 @@ export function computeBackoff(failures: number, waits: Record<"intervalMs" | "r
 /** Makes text from outside fit for a log line: no control characters, no key, at most 300 characters. */
 export function redact(text: string): string {
   const line = text.slice(0, 2000).replace(/[\p{Cc}\p{Cf}\u2028\u2029]+/gu, " ");
-  const clean = line.replace(/\bsk-\S+/g, "sk-***");
+  const clean = line.replace(/\bsk-\S+|sk-\S{20,}/g, "sk-***");
   return clean.length > 300 ? `${clean.slice(0, 300)}…` : clean;
 }
 
@@ -501,10 +498,8 @@ function listAllowances({ now, reading: { sums, asOfMs }, options }: Moment): In
   });
 }
 
-export type Decision = Pick<Info, "open" | "reason" | "message">;
-
 /** What a reading means at `now`. The order is the contract: a cost that was seen wins. */
-export function decide(moment: Moment): Decision {
+export function decide(moment: Moment): Pick<Info, "open" | "reason" | "message"> {
   const { now, options } = moment;
   const { asOfMs, sums, error } = moment.reading;
   const { yesterday, today } = listDays(now);
@@ -624,11 +619,10 @@ const CAPABILITIES_KEY = `${META}clientCapabilities`;
 
 const IdSchema = z.union([z.string(), z.int()]);
 const MessageSchema = z.object({ jsonrpc: z.literal("2.0"), method: z.string(), params: z.unknown().optional() });
-const ParamsSchema = z.looseObject({ _meta: JsonSchema.optional() });
+const ParamsSchema = z.object({ _meta: JsonSchema.optional() });
 const MetaSchema = z.object({ [VERSION_KEY]: z.string(), [CAPABILITIES_KEY]: JsonSchema });
 
 type Id = z.output<typeof IdSchema>;
-type Json = Record<string, unknown>;
 
 const { $schema: _, ...outputSchema } = z.toJSONSchema(InfoSchema.omit({ pid: true }));
 const TOOL_LISTING = {
@@ -674,7 +668,7 @@ export function readMcp(line: string): Question {
   const modern = VERSION_KEY in meta || CAPABILITIES_KEY in meta;
   const incomplete = modern ? MetaSchema.safeParse(meta).error : null;
   if (incomplete) return answerError(id, { code: -32602, message: `_meta.${explain(incomplete)}` });
-  return readRequest(id, { method, params: known.data, modern });
+  return readRequest(id, { method, params: JsonSchema.safeParse(params).data ?? {}, modern });
 }
 
 function readRequest(id: Id, call: { method: string; params: Json; modern: boolean }): Question {
@@ -740,11 +734,11 @@ export function readJson(text: string): unknown {
 export function askForUsage(body: string): string | null {
   const read = (text: string) => StreamRequestSchema.safeParse(parseJson(text)).data;
   const request = read(body);
-  if (!request || request.stream_options?.include_usage) return null;
+  if (!request || request.stream_options?.["include_usage"]) return null;
   const formatWish = () => `"stream_options":${JSON.stringify({ ...request.stream_options, include_usage: true })}`;
   const old = request.stream_options === undefined ? "{" : /"stream_options"\s*:\s*(null|\{[^{}]{0,999}\})/;
   const spliced = body.replace(old, () => (old === "{" ? `{${formatWish()},` : formatWish()));
-  return read(spliced)?.stream_options?.include_usage ? spliced : null;
+  return read(spliced)?.stream_options?.["include_usage"] ? spliced : null;
 }
 
 /** Headers that are about a connection, not about what it carries (RFC 9110, section 7.6.1). */
@@ -770,7 +764,7 @@ function refuse(code: keyof typeof REFUSALS, message: string): Response {
 /** Refuses what no program of this machine asks: a web page must neither spend nor read. Null for what may pass. */
 export function screen({ url, headers }: Pick<Request, "url" | "headers">, port: number): Response | null {
   const isFromPage = headers.has("origin") || headers.has("sec-fetch-site");
-  const hosts = ["127.0.0.1", "localhost", "[::1]"].map((name) => `${name}:${port}`);
+  const hosts = ["127.0.0.1", "localhost", "[::1]"].map((name) => (port === 80 ? name : `${name}:${port}`));
   if (isFromPage || !hosts.includes(headers.get("host")?.toLowerCase() ?? "")) {
     return refuse("not_allowed", "This gateway is for programs on this machine, not for web pages");
   }
@@ -816,6 +810,11 @@ async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<bool
   const endMs = performance.now() + limitMs;
   while (holds() && performance.now() < endMs) await Bun.sleep(50);
   return !holds();
+}
+
+/** Lets the others have their turn. */
+function nextTurn(): Promise<void> {
+  return new Promise((resolve) => setImmediate(resolve));
 }
 
 /** All bytes of a stream; throws where there are more than 1 MiB. */
@@ -1112,7 +1111,7 @@ export type Watch = ReturnType<typeof startWatch>;
 const MAX_CONNECTIONS = 1024;
 /** So that idle agents leave room for everybody else. */
 const MAX_MCP_CONNECTIONS = MAX_CONNECTIONS / 2;
-/** How many lines all peers share before others have their turn, and what may be held of all, unread or unsent. */
+/** How many lines of a peer are read in a turn of its own, and what may be held of all, unread or unsent. */
 const LINES_A_TURN = 256;
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
@@ -1157,28 +1156,29 @@ function flush(socket: Socket): boolean {
 
 /** Makes the function that does all that can be done for a peer now. */
 function createPump(peers: Set<Socket>, watch: Watch) {
-  /** What all share who wait for a look. */
+  /** What all share who wait for a look, and the turns of those who wait for one, one after the other. */
   let resuming: Promise<void> | null = null;
+  let turn = Promise.resolve();
   const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_MCP_CONNECTIONS;
-  const sizeOf = ({ input, unsent }: Peer) => input.length + unsent.length;
-  const countHeld = () => [...peers].reduce((sum, { data }) => sum + sizeOf(data), 0);
+  const held = (all: Socket[]) => all.reduce((sum, { data }) => sum + data.input.length + data.unsent.length, 0);
 
   const resumeAll = () => {
     resuming = null;
-    peers.forEach(pump);
+    peers.forEach((socket) => pump(socket));
   };
 
   /** Answers what a peer asks; tells what its next line waits for where one is left unread. */
-  function answer(socket: Socket): "look" | "turn" | null {
+  function answer(socket: Socket, { hasTurn }: { hasTurn: boolean }): "look" | "turn" | null {
     const peer = socket.data;
+    const limit = hasTurn ? LINES_A_TURN : peer.input.length <= MAX_LINE_BYTES ? 1 : 0;
     let replies = "";
     let waitsFor: "look" | "turn" | null = "turn";
-    for (let lines = 0; lines < LINES_A_TURN && waitsFor === "turn"; lines += peers.size) {
+    for (let lines = 0; lines < limit && waitsFor === "turn"; lines++) {
       const asked = readQuestion(socket, { isCrowded });
       const wait = asked?.question.needsLook ? watch.whenSettled() : null;
       if (wait) resuming ??= wait.then(resumeAll);
       peer.isMcp = asked?.isMcp ?? peer.isMcp;
-      waitsFor = wait ? "look" : asked?.isMcp ? "turn" : null;
+      waitsFor = wait ? "look" : asked?.isMcp && asked.rest.length > 0 ? "turn" : null;
       if (!asked || wait) break;
       peer.input = asked.rest;
       peer.isDone = !peer.isMcp;
@@ -1189,16 +1189,17 @@ function createPump(peers: Set<Socket>, watch: Watch) {
     return waitsFor;
   }
 
-  function pump(socket: Socket): void {
+  function pump(socket: Socket, hasTurn = false): void {
     const peer = socket.data;
-    const waitsFor = flush(socket) ? answer(socket) : null;
-    peer.input = Buffer.from(peer.input); // A copy, so that what was read before it is freed.
+    const waitsFor = flush(socket) ? answer(socket, { hasTurn }) : null;
+    // A copy, so that what was read before it is freed.
+    if (peer.input.length * 2 <= peer.input.buffer.byteLength) peer.input = Buffer.from(peer.input);
     const isSent = flush(socket);
-    if (isSent && waitsFor === "turn") setImmediate(pump, socket);
+    if (isSent && waitsFor === "turn") turn = turn.then(nextTurn).then(() => pump(socket, true));
     if (isSent && (waitsFor === "look" || peer.isMcp)) peer.deadlineMs = Infinity;
     if (!isSent || waitsFor) {
       socket.pause();
-      if (sizeOf(peer) * peers.size > MAX_HELD_BYTES && countHeld() > MAX_HELD_BYTES) socket.terminate();
+      if (held([socket]) * peers.size > MAX_HELD_BYTES && held([...peers]) > MAX_HELD_BYTES) socket.terminate();
     } else if (peer.isDone || (peer.isMcp && peer.ended && peer.input.length === 0)) {
       peer.isDone = true;
       peer.deadlineMs = performance.now() + PATIENCE_MS;
@@ -1292,7 +1293,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   let left = 2 * MAX_HELD_BYTES; // of what may be held of all bodies
   /** Who reads much takes turns, so that others have theirs. */
   let turn = Promise.resolve();
-  const takeTurn = () => (turn = turn.then(() => new Promise((resolve) => setImmediate(resolve))));
+  const takeTurn = () => (turn = turn.then(nextTurn));
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
   const room = Math.max(Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200), 1);
 
@@ -1508,9 +1509,8 @@ async function endCommand({ pid, exited }: Bun.Subprocess): Promise<void> {
   for (const member of family) kill(member, "SIGTERM");
   // Who has ended is forgotten at once: its pid may soon be another's.
   const someRun = () => (family = family.filter((member) => kill(member, 0))).length > 0;
-  if (!(await waitWhile(someRun, PATIENCE_MS))) {
-    for (const member of findFamily(family)) kill(member, "SIGKILL");
-  }
+  const isOver = await waitWhile(someRun, PATIENCE_MS);
+  for (const member of isOver ? [] : findFamily(family)) kill(member, "SIGKILL");
   await exited;
 }
 
