@@ -1272,17 +1272,18 @@ type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean;
 async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold, read }: Relay) {
   /** What has come of an event, or of the whole. */
   let held = "";
-  const show = async (part: string) => (UsageEventSchema.safeParse(await read(part)).success && isAsked ? "" : part);
+  const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   for await (const chunk of body) {
+    if (chunk.length > 16384) await nextTurn();
     const text: string = held + Buffer.from(chunk).toString("latin1");
     const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
     let shown = "";
-    for (const event of events) shown += await show(event);
+    for (const event of events) if (!isUsage(await read(event))) shown += event;
     held = hold(rest.length) ? rest : "";
     yield isAsked ? Buffer.from(held === rest ? shown : shown + rest, "latin1") : chunk;
   }
-  const last = await show(held);
-  if (isAsked) yield Buffer.from(last, "latin1");
+  const isTaken = isUsage(await read(held));
+  if (isAsked && !isTaken) yield Buffer.from(held, "latin1");
 }
 
 /** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
@@ -1548,12 +1549,11 @@ async function guard(world: World): Promise<number> {
   const gateway = given || !info?.gateway ? {} : { OPENAI_BASE_URL: info.gateway };
   if (given && info?.gateway) log(`OPENAI_BASE_URL is set already, so that the gateway at ${info.gateway} is not used`);
   let child: Bun.Subprocess | null = null;
-  const passOn = (name: NodeJS.Signals) => {
+  hearSignals((name) => {
     // The terminal sends these to the command itself.
     const isTyped = [0, 1, 2].some(isatty) && (name === "SIGINT" || name === "SIGQUIT");
     if (!isTyped) child?.kill(name);
-  };
-  hearSignals(passOn, signal);
+  }, signal);
   try {
     child = Bun.spawn(argv, { env: childEnv(env, gateway), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
