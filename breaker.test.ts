@@ -3958,7 +3958,7 @@ suite("slowly", () => {
   );
 
   test.concurrent.each([
-    ["64 short lines each", "{}\n".repeat(64), 64, 200],
+    ["300 short lines each", "{}\n".repeat(300), 300, 600],
     ["a long line each", `{"jsonrpc":"2.0","id":${"[".repeat(60_000)}\n`, 1, 10],
   ])("agents that send %s are read in turns", async (_, text, lines, limit) => {
     const stop = new AbortController();

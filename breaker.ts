@@ -1170,10 +1170,10 @@ function createPump(peers: Set<Socket>, watch: Watch) {
   /** Answers what a peer asks; tells what its next line waits for where one is left unread. */
   function answer(socket: Socket, { hasTurn }: { hasTurn: boolean }): "look" | "turn" | null {
     const peer = socket.data;
-    const limit = hasTurn ? LINES_A_TURN : peer.input.length <= MAX_LINE_BYTES ? 1 : 0;
+    const mayRead = hasTurn || peer.input.length * peers.size <= MAX_MCP_LINE_BYTES;
     let replies = "";
     let waitsFor: "look" | "turn" | null = "turn";
-    for (let lines = 0; lines < limit && waitsFor === "turn"; lines++) {
+    for (let lines = 0; mayRead && lines < LINES_A_TURN && waitsFor === "turn"; lines++) {
       const asked = readQuestion(socket, { isCrowded });
       const wait = asked?.question.needsLook ? watch.whenSettled() : null;
       if (wait) resuming ??= wait.then(resumeAll);
