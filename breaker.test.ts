@@ -3479,7 +3479,7 @@ suite("the gateway", () => {
     };
     expect(await tryLong()).toEqual({ isAsked: true, counted: 240 });
     const { host, port } = new URL(breaker.gateway);
-    const stalled = [4, 3.5, 3].map((mebibytes) => {
+    const stalled = [8, 6, 4.5, 3.25].map((mebibytes) => {
       const socket = connect({ port: Number(port), host: "127.0.0.1" }).on("error", () => {});
       socket.write(
         `POST /v1/chat/completions HTTP/1.1\r\nHost: ${host}\r\nContent-Length: ${mebibytes * 2 ** 20}\r\n\r\n`,
@@ -3494,13 +3494,13 @@ suite("the gateway", () => {
   });
 
   test("what comes behind an event that is too long to be held is counted", async () => {
-    const long = { choices: [{ delta: { content: "é".repeat(3 * 2 ** 20) } }] };
+    const long = { choices: [{ delta: { content: "é".repeat(5 * 2 ** 20) } }] };
     const list = [long, ...chunks({ isAsked: true })];
     using openai = await startOpenAi(events(list));
     await using breaker = await serveGateway(openai);
     const text = await (await breaker.post("/chat/completions", { stream: true })).text();
     const shown = list.filter((event) => !JSON.stringify(event).includes("prompt_tokens"));
-    expect(text === formatEvents(shown)).toBe(true); // A difference of 6 MiB is not to be printed.
+    expect(text === formatEvents(shown)).toBe(true); // A difference of 10 MiB is not to be printed.
     expect(await breaker.used()).toBe(120);
   });
 

@@ -1270,20 +1270,20 @@ type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean;
 
 /** Passes a body on as it comes, less the event that was asked for; what is too long to be held passes unread. */
 async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold, read }: Relay) {
-  /** What has come of an event, or of the whole. */
-  let held = "";
+  /** What has come of an event, or of the whole; null in the midst of what is too long. */
+  let held: string | null = "";
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   for await (const chunk of body) {
     if (chunk.length > 16384) await nextTurn();
-    const text: string = held + Buffer.from(chunk).toString("latin1");
+    const text: string = (held ?? "") + Buffer.from(chunk).toString("latin1");
     const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
     let shown = "";
     for (const event of events) if (!isUsage(await read(event))) shown += event;
-    held = hold(rest.length) ? rest : "";
-    yield isAsked ? Buffer.from(held === rest ? shown : shown + rest, "latin1") : chunk;
+    const isHeld: boolean = (held !== null || events.length > 0) && hold(rest.length);
+    held = isHeld ? rest : null;
+    yield isAsked ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
   }
-  const isTaken = isUsage(await read(held));
-  if (isAsked && !isTaken) yield Buffer.from(held, "latin1");
+  if (!isUsage(await read(held ?? "")) && isAsked) yield Buffer.from(held ?? "", "latin1");
 }
 
 /** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
@@ -1313,10 +1313,10 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const beganMs = performance.now();
     let told: Spending | null = null;
     let [held, parts] = [0, 0];
-    /** Whether so much may be held in place of what was: an eighth of what all others leave, 4 MiB at most. */
+    /** Whether so much may be held in place of what was: a quarter of what all others leave, 8 MiB at most. */
     const hold = (size: number) => {
       left += held;
-      held = size <= left / 8 ? size : 0;
+      held = size <= left / 4 ? size : 0;
       left -= held;
       return held === size;
     };
