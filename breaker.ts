@@ -1279,9 +1279,9 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold
     const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
     let shown = "";
     for (const event of events) if (!isUsage(await read(event))) shown += event;
-    const isHeld: boolean = (held !== null || events.length > 0) && hold(rest.length);
-    held = isHeld ? rest : null;
-    yield isAsked ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
+    held = (held !== null || events.length > 0) && hold(rest.length) ? rest : null;
+    const isWhole = held === null && rest.length === chunk.length;
+    yield isAsked && !isWhole ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
   }
   if (!isUsage(await read(held ?? "")) && isAsked) yield Buffer.from(held ?? "", "latin1");
 }
