@@ -3225,6 +3225,17 @@ suite("passing on", () => {
   });
 });
 
+test("a clock that is set back by a part of --max-age makes no look younger", async () => {
+  let [answer, shiftMs] = [FREE, 0];
+  using account = startAccount(() => answer);
+  const argv = ["--base-url", account.base, "--source", "costs", "--max-age", "5s", "--interval", "1h"];
+  await using breaker = await serve(argv, { now: () => Date.now() + shiftMs });
+  expect(await breaker.ask("STATUS")).toBe("FALSE");
+  answer = http("", { status: 500 });
+  shiftMs = -3000;
+  expect(await breaker.ask("STATUS")).toBe("TRUE");
+});
+
 suite("the gateway", () => {
   test("passes a request and its answer on as they are, with the client's key and never the breaker's", async () => {
     using openai = await startOpenAi((_, response) => {

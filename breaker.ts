@@ -1049,7 +1049,7 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
 
   function noticeJump(): void {
     const movedMs = now() - performance.now() - leadMs;
-    if (Math.abs(movedMs) <= CLOCK_JUMP_MS) return;
+    if (Math.abs(movedMs) <= Math.min(CLOCK_JUMP_MS, options.maxAgeMs / 10)) return;
     leadMs += movedMs;
     // By a clock that was set back, nobody can tell how old the last good look is.
     if (movedMs < 0) learn({ ...reading, asOfMs: null, error: "this machine's clock was set back" });
