@@ -1274,7 +1274,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold
   let held: string | null = "";
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   for await (const chunk of body) {
-    if (chunk.length > 16384) await nextTurn();
+    if (chunk.length > 16384) await nextTurn(); // Others have their turn, however much has come.
     const text: string = (held ?? "") + Buffer.from(chunk).toString("latin1");
     const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
     let shown = "";
@@ -1351,9 +1351,9 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const isRead = isAskable && hold(Number(request.headers.get("content-length") ?? Infinity));
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     if (text !== null) await takeTurn();
+    const asking = text === null ? null : askForUsage(text);
     const isFull = () => server.pendingRequests - waiting >= room;
     await waitWhile(() => isFull() && !watch.describe().open && !request.signal.aborted);
-    const asking = text === null ? null : askForUsage(text);
     return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
   }
 
