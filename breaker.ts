@@ -21,6 +21,7 @@
  * @module
  */
 import { basename } from "node:path";
+import { setImmediate as nextTurn } from "node:timers/promises";
 import { isatty } from "node:tty";
 import { parseArgs } from "node:util";
 import { z } from "zod@4.6.7";
@@ -252,8 +253,11 @@ type Json = Record<string, unknown>;
 const ListSchema = z.array(z.unknown());
 const RowsSchema = ListSchema.optional();
 
-/** Parses JSON; undefined for a text that is none. */
+const MAX_MEMBERS = 200_000; // What has more is not read: 8 MiB of them take a second, and half a gigabyte.
+
+/** Parses JSON; undefined for a text that is none, or has too many members and lists. */
 function parseJson(text: string): unknown {
+  if (text.length > MAX_MEMBERS && text.split(/[[{:]/, MAX_MEMBERS).length === MAX_MEMBERS) return undefined;
   try {
     return JSON.parse(text);
   } catch {
@@ -715,11 +719,8 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
 // What the gateway makes of requests and answers. Bodies are latin1 here, one letter a byte: nothing is cut inside a
 // letter, and what is put together again is the same.
 
-/** Cuts the complete events off a stream, each with its blank line: `"data: 1\n\nda"` → `[["data: 1\n\n"], "da"]` */
-export function cutEvents(text: string): [events: string[], rest: string] {
-  const events = text.match(/[^]*?\n\r?\n/gy) ?? [];
-  return [events, text.slice(events.reduce((sum, { length }) => sum + length, 0))];
-}
+/** Finds the complete events of a stream, each with its blank line: in `"data: 1\n\nda"` it is `"data: 1\n\n"`. */
+export const EVENTS = /[^]*?\n\r?\n/gy;
 
 /** The JSON of a body, or of the `data` of an event (no line of JSON begins so); undefined where it holds none. */
 export function readJson(text: string): unknown {
@@ -736,8 +737,8 @@ export function askForUsage(body: string): string | null {
   const request = read(body);
   if (!request || request.stream_options?.["include_usage"]) return null;
   const formatWish = () => `"stream_options":${JSON.stringify({ ...request.stream_options, include_usage: true })}`;
-  const old = request.stream_options === undefined ? "{" : /"stream_options"\s*:\s*(null|\{[^{}]{0,999}\})/;
-  const spliced = body.replace(old, () => (old === "{" ? `{${formatWish()},` : formatWish()));
+  if (request.stream_options === undefined) return body.replace("{", () => `{${formatWish()},`);
+  const spliced = body.replace(/"stream_options"\s*:\s*(null|\{[^{}]{0,999}\})/, formatWish);
   return read(spliced)?.stream_options?.["include_usage"] ? spliced : null;
 }
 
@@ -748,8 +749,8 @@ const HOP_BY_HOP = "connection,keep-alive,proxy-connection,proxy-authenticate,pr
 export function passHeaders(headers: Headers): Headers {
   const passed = new Headers(headers);
   const names = `${HOP_BY_HOP},transfer-encoding,host,expect,${headers.get("connection") ?? ""}`;
-  const dropped = names.toLowerCase().split(/[\s,]+/);
-  for (const name of [...passed.keys()]) if (dropped.includes(name)) passed.delete(name);
+  const dropped = new Set(names.toLowerCase().split(/[\s,]+/));
+  for (const name of [...passed.keys()]) if (dropped.has(name)) passed.delete(name);
   return passed;
 }
 
@@ -810,11 +811,6 @@ async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<bool
   const endMs = performance.now() + limitMs;
   while (holds() && performance.now() < endMs) await Bun.sleep(50);
   return !holds();
-}
-
-/** Lets the others have their turn. */
-function nextTurn(): Promise<void> {
-  return new Promise((resolve) => setImmediate(resolve));
 }
 
 /** All bytes of a stream; throws where there are more than 1 MiB. */
@@ -1109,8 +1105,6 @@ export type Watch = ReturnType<typeof startWatch>;
 // ── Effects: the server ─────────────────────────────────────────────────────────────────────────
 
 const MAX_CONNECTIONS = 1024;
-/** So that idle agents leave room for everybody else. */
-const MAX_MCP_CONNECTIONS = MAX_CONNECTIONS / 2;
 /** How many lines of a peer are read in a turn of its own, and what may be held of all, unread or unsent. */
 const LINES_A_TURN = 256;
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
@@ -1159,7 +1153,8 @@ function createPump(peers: Set<Socket>, watch: Watch) {
   /** What all share who wait for a look, and the turns of those who wait for one, one after the other. */
   let resuming: Promise<void> | null = null;
   let turn = Promise.resolve();
-  const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_MCP_CONNECTIONS;
+  /** Idle agents leave room for everybody else. */
+  const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_CONNECTIONS / 2;
   const held = (all: Socket[]) => all.reduce((sum, { data }) => sum + data.input.length + data.unsent.length, 0);
 
   const resumeAll = () => {
@@ -1266,6 +1261,9 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
 // Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
+/** So many ids take 10 MiB; all are forgotten then, and an answer that is polled once more counts once more. */
+const MAX_IDS = 100_000;
+
 type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean; read(part: string): Promise<unknown> };
 
 /** Passes a body on as it comes, less the event that was asked for; what is too long to be held passes unread. */
@@ -1276,12 +1274,15 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold
   for await (const chunk of body) {
     if (chunk.length > 16384) await nextTurn(); // Others have their turn, however much has come.
     const text: string = (held ?? "") + Buffer.from(chunk).toString("latin1");
-    const [events, rest] = isEvents && chunk.includes(10) ? cutEvents(text) : [[], text];
-    let shown = "";
-    for (const event of events) if (!isUsage(await read(event))) shown += event;
-    held = (held !== null || events.length > 0) && hold(rest.length) ? rest : null;
+    let [shown, from, at] = ["", 0, 0];
+    for (const [event] of isEvents && chunk.includes(10) ? text.matchAll(EVENTS) : []) {
+      if (isUsage(await read(event))) [shown, from] = [shown + text.slice(from, at), at + event.length];
+      at += event.length;
+    }
+    const rest = text.slice(at);
+    held = (held !== null || at > 0) && hold(rest.length) ? rest : null;
     const isWhole = held === null && rest.length === chunk.length;
-    yield isAsked && !isWhole ? Buffer.from(held === null ? shown + rest : shown, "latin1") : chunk;
+    yield isAsked && !isWhole ? Buffer.from(shown + text.slice(from, held === null ? undefined : at), "latin1") : chunk;
   }
   if (!isUsage(await read(held ?? "")) && isAsked) yield Buffer.from(held ?? "", "latin1");
 }
@@ -1292,15 +1293,14 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   let counted = { day: "", ids: new Map<number, number>() };
   let waiting = 0;
   let left = 2 * MAX_HELD_BYTES; // of what may be held of all bodies
-  /** Who reads much takes turns, so that others have theirs. */
-  let turn = Promise.resolve();
+  let turn = Promise.resolve(); // of those who read much, so that others have theirs
   const takeTurn = () => (turn = turn.then(nextTurn));
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
   const room = Math.max(Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200), 1);
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const today = formatDay(now());
-    if (today !== counted.day) counted = { day: today, ids: new Map() };
+    if (today !== counted.day || counted.ids.size >= MAX_IDS) counted = { day: today, ids: new Map() };
     const key = Number(Bun.hash(id)); // An id can be long.
     const more = (usage ?? 0) - (counted.ids.get(key) ?? 0);
     if (more <= 0) return;
@@ -1320,9 +1320,9 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
       left -= held;
       return held === size;
     };
-    /** Gives the JSON of a part of the answer, and counts what it tells. */
+    /** Gives the JSON of a part of the answer, and counts what it tells; most events of a stream tell nothing. */
     const read = async (part: string) => {
-      const isSilent = told !== null && !part.includes("_tokens"); // Most events of a stream tell nothing more.
+      const isSilent = !part.includes("_tokens") && (told !== null || !part.includes('"model"'));
       const isMuch = part.length > 65536 || ++parts % (isSilent ? 4096 : 64) === 0;
       if (isMuch) await takeTurn();
       if (isSilent) return undefined;
