@@ -41,7 +41,7 @@ import {
   type Info,
   LINE_COMMANDS,
   main,
-  matchesModel,
+  matchModels,
   mergeLook,
   type Options,
   parseArguments,
@@ -653,7 +653,7 @@ suite("globs", () => {
     ["a**", "a", true],
   ];
   test.each(globs)("%p on %p: %p", (patterns, model, expected) => {
-    expect(matchesModel(patterns, model)).toBe(expected);
+    expect(matchModels(patterns)(model)).toBe(expected);
   });
 });
 
@@ -704,6 +704,12 @@ const start_time = Date.parse("2026-11-22") / 1000;
 const rows = (results: unknown[]) => readPage(page([{ start_time, results }]), CostRowSchema);
 const listMembers = (length: number) => `{${Array.from({ length }, (_, i) => `"x${i}":0`).join(",")}}`;
 const [members, allMembers] = [listMembers(100_000), listMembers(700_000)];
+const models = Array.from({ length: 21_000 }, (_, i) => ({ day: "2026-11-22", amount: 1, model: `x${i}` }));
+const manyGlobs = optionsOf(
+  "--source",
+  "costs",
+  ...Array.from({ length: 50 }, (_, i) => ["--allowance", `a${i}*=1`]).flat(),
+);
 const crowd = new Headers({ connection: Array.from({ length: 150_000 }, (_, i) => `x${i + 1e5}`).join(",") });
 for (let i = 0; i < 240; i++) crowd.set(`x${i}`.padEnd(7, "x"), "");
 const hostile: [string, () => unknown][] = [
@@ -722,6 +728,7 @@ const hostile: [string, () => unknown][] = [
   ["members of an answer", () => readJson(allMembers)],
   ["names in Connection", () => passHeaders(crowd)],
   ["events, to find the first,", () => "a\n\n".repeat(2_700_000).matchAll(EVENTS).next()],
+  ["models for 50 globs", () => addEntries({}, models, { now: 0, options: manyGlobs })],
   ["wishes of a stream", () => askForUsage(`{"stream":true,"stream_options":${members}}`)],
   ["a cursor", () => readPage({ data: [], has_more: true, next_page: digits }, CostRowSchema)],
   ["bad rows", () => rows(Array(500_000).fill(0))],

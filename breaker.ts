@@ -348,9 +348,10 @@ export function formatAmount(amount: number): string {
   return String(Number(amount.toPrecision(12)));
 }
 
-/** Whether a model's name fits `patterns`: `matchesModel("*-mini*,o?", "gpt-4o-mini-2024-07-18")` → true */
-export function matchesModel(patterns: string, model: string): boolean {
-  return patterns.split(",").some((glob) => toRegExp(glob).test(model));
+/** Tells of a model's name whether it fits `patterns`: `matchModels("*-mini*,o?")("gpt-4o-mini-2024-07-18")` → true */
+export function matchModels(patterns: string): (model: string) => boolean {
+  const globs = patterns.split(",").map(toRegExp);
+  return (model) => globs.some((glob) => glob.test(model));
 }
 
 /** A glob as an expression that never backtracks: what stands between two stars is found once, in a look ahead. */
@@ -467,8 +468,9 @@ function nameSum(day: string, models = ""): string {
 export function addEntries(sums: Sums, entries: Entry[], { now, options }: Omit<Moment, "reading">): Sums {
   const added = { ...sums };
   const { yesterday, tomorrow } = listDays(now);
+  const allowances = options.allowances.map(({ models }) => ({ models, matches: matchModels(models) }));
   for (const { day, amount, model } of entries) {
-    const limit = options.allowances.find(({ models }) => model !== undefined && matchesModel(models, model));
+    const limit = allowances.find(({ matches }) => model !== undefined && matches(model));
     if (day < yesterday || (model !== undefined && !limit)) continue;
     const name = nameSum(day > tomorrow ? tomorrow : day, limit?.models); // So that there are few, whatever comes.
     added[name] = (added[name] ?? 0) + Math.max(amount, 0);
@@ -510,8 +512,7 @@ export function decide(moment: Moment): Pick<Info, "open" | "reason" | "message"
   const days = listSince(yesterday, { sums });
   const total = addUp(days);
   if (total > options.thresholdUsd) {
-    const costly = Object.entries(days).filter(([, cost]) => cost > 0);
-    const parts = costly.map(([day, cost]) => `${formatAmount(cost)} usd on ${day}`);
+    const parts = Object.entries(days).flatMap(([day, sum]) => (sum > 0 ? `${formatAmount(sum)} usd on ${day}` : []));
     return { open: true, reason: "cost", message: `${parts.join(" and ")} (UTC)` };
   }
   const full = listAllowances(moment).find(({ used, limit }) => (used ?? 0) >= limit);
@@ -1261,8 +1262,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
 // Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
-/** So many ids take 10 MiB; all are forgotten then, and an answer that is polled once more counts once more. */
-const MAX_IDS = 100_000;
+const MAX_IDS = 100_000; // So many take 10 MiB; all are forgotten then, and an answer that is polled counts again.
 
 type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean; read(part: string): Promise<unknown> };
 
