@@ -1106,8 +1106,8 @@ export type Watch = ReturnType<typeof startWatch>;
 // ── Effects: the server ─────────────────────────────────────────────────────────────────────────
 
 const MAX_CONNECTIONS = 1024;
-/** How many lines of a peer are read in a turn of its own, and what may be held of all, unread or unsent. */
-const LINES_A_TURN = 256;
+/** How much is read, or answered, in a turn of its own, and what may be held of all peers, unread or unsent. */
+const TURN = { lines: 256, bytes: 64 * 1024 };
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
 interface Peer {
@@ -1169,7 +1169,7 @@ function createPump(peers: Set<Socket>, watch: Watch) {
     const mayRead = hasTurn || peer.input.length * peers.size <= MAX_MCP_LINE_BYTES;
     let replies = "";
     let waitsFor: "look" | "turn" | null = "turn";
-    for (let lines = 0; mayRead && lines < LINES_A_TURN && waitsFor === "turn"; lines++) {
+    for (let lines = 0; mayRead && lines < TURN.lines && replies.length < TURN.bytes && waitsFor === "turn"; lines++) {
       const asked = readQuestion(socket, { isCrowded });
       const wait = asked?.question.needsLook ? watch.whenSettled() : null;
       if (wait) resuming ??= wait.then(resumeAll);
@@ -1323,7 +1323,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     /** Gives the JSON of a part of the answer, and counts what it tells; most events of a stream tell nothing. */
     const read = async (part: string) => {
       const isSilent = !part.includes("_tokens") && (told !== null || !part.includes('"model"'));
-      const isMuch = part.length > 65536 || ++parts % (isSilent ? 4096 : 64) === 0;
+      const isMuch = part.length > TURN.bytes || ++parts % (isSilent ? 4096 : 64) === 0;
       if (isMuch) await takeTurn();
       if (isSilent) return undefined;
       const json = readJson(part);
