@@ -1453,6 +1453,18 @@ suite("the truth", () => {
     }
   });
 
+  test("an answer that breaks off, or is no HTTP, fails the look in words that are for a user", async () => {
+    for (const sent of ["HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "SSH-2.0-x\r\n\r\n"]) {
+      const answer = { data: (socket: Bun.Socket) => void socket.end(sent) };
+      const listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: answer });
+      const { code, out } = await run(["check", "--base-url", `http://127.0.0.1:${listener.port}`]);
+      listener.stop(true);
+      expect(code).toBe(69);
+      expect(out).toContain("Cannot read the billing usage: ");
+      expect(out).not.toContain("verbose");
+    }
+  });
+
   test("check prints the days, the costs and the verdict", async () => {
     const tokens = http(usage({ model: "o3", input: 100, output: 20 }));
     using account = startAccount(({ path }) => (path === COSTS ? CENT : tokens));

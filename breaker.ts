@@ -804,7 +804,7 @@ const PATIENCE_MS = 10 * SECOND;
 const MAX_READ_BYTES = 1024 * 1024;
 
 function messageOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
+  return error instanceof Error ? error.message.replace(/\. For more information, pass .*/, "") : String(error);
 }
 
 /** Waits as long as something holds, `limitMs` at most; false where it still holds then. */
