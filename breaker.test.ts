@@ -4,7 +4,7 @@
  * real `pass`. Only the account is simulated, by an HTTP server on loopback that misbehaves as told.
  * A test that needs a program names it in its title and is skipped where it is missing.
  */
-import { afterAll, describe as suite, expect, setDefaultTimeout, test } from "bun:test";
+import { afterAll, describe as suite, expect, setDefaultTimeout, spyOn, test } from "bun:test";
 import {
   chmodSync,
   cpSync,
@@ -2137,6 +2137,18 @@ suite("commands", () => {
     expect([again.code, again.err]).toEqual([69, expect.stringContaining("No breaker answers")]);
   });
 
+  test.skipIf(!isLinux)("stop reads the longest arguments of a process at once (Linux)", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+    const bystander = leash(Bun.spawn(["sleep", "60"], { argv0: "bun".repeat(43_000) }));
+    using liar = startLiar(`${JSON.stringify({ ...(await breaker.info()), pid: bystander.pid })}\n`);
+    const before = process.cpuUsage();
+    expect((await run(["stop", "--port", liar.port])).code).toBe(69);
+    const { user, system } = process.cpuUsage(before);
+    expect((user + system) / 1000).toBeLessThan(1000); // It takes 2.5 s where each "bun" of it is tried.
+    bystander.kill();
+  });
+
   test("stop takes no other program of Bun for a breaker", async () => {
     using account = startAccount(always(FREE));
     await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
@@ -4004,6 +4016,89 @@ suite("the README", () => {
   });
 });
 
+// ── Turns ───────────────────────────────────────────────────────────────────────────────────────
+
+suite("turns", () => {
+  /** Has 250 clients send what waits for a turn, and leave; gives after how many rounds a last one is answered. */
+  async function countRounds(port: number, bytes: string): Promise<number> {
+    const leave = async () => {
+      const socket = connect({ port, host: "127.0.0.1" }).on("error", () => {});
+      await new Promise<void>((resolve) => socket.on("connect", () => socket.write(bytes, () => resolve())));
+      socket.resetAndDestroy();
+    };
+    await Promise.all(Array.from({ length: 250 }, leave));
+    const last = connect({ port, host: "127.0.0.1" });
+    let [rounds, isAnswered] = [0, false];
+    last.on("data", () => (isAnswered = true)).write(bytes);
+    for (; !isAnswered; rounds++) await new Promise(setImmediate);
+    last.destroy();
+    return rounds;
+  }
+
+  /** What a server needs that runs in this process, and ends by `stop`. */
+  function prepareWorld(argv: string[]) {
+    const stop = new AbortController();
+    const world: World = {
+      ...surround(),
+      options: optionsOf(...argv),
+      ...{ rest: [], self: { startedMs: 0, gateway: null }, stop: () => stop.abort(), signal: stop.signal },
+    };
+    const look = async () => ({ ...UNSEEN, asOfMs: Date.now() });
+    const watch = startWatch(world, { look, onAnswer: () => {} });
+    watch.hurry();
+    return { world, watch, stop };
+  }
+
+  test("nobody waits for his turn behind agents that have left", async () => {
+    const { world, watch, stop } = prepareWorld(["--host", "127.0.0.1", "--port", "0"]);
+    const server = startServer(world, watch);
+    const line = `${request(1, "ping", { x: "x".repeat(60_000) })}\n`;
+    expect(await countRounds(server.port, line.repeat(2))).toBeLessThan(200);
+    stop.abort();
+    await server.stop();
+  });
+
+  test("nobody waits for his turn behind programs that have left the gateway", async () => {
+    // Answered at once, since Bun sends requests in a thread of its own, which takes any number of rounds.
+    using _fetch = spyOn(globalThis, "fetch").mockImplementation(
+      Object.assign(async () => new Response("{}"), { preconnect: fetch.preconnect }),
+    );
+    const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs", "--allowance", "*=1G"]);
+    const gateway = startGateway(world, watch);
+    const { port, host } = new URL(gateway.url);
+    const body = JSON.stringify({ stream: true });
+    const bytes = `POST /v1/chat/completions HTTP/1.1\r\nHost: ${host}\r\nContent-Length: ${body.length}\r\n\r\n${body}`;
+    expect(await countRounds(Number(port), bytes)).toBeLessThan(200);
+    stop.abort();
+    await gateway.stop();
+  });
+
+  test.each([
+    ["300 short lines each", "{}\n".repeat(300), 300],
+    ["a long line each", `{"jsonrpc":"2.0","id":${"[".repeat(60_000)}\n`, 1],
+  ])("agents that send %s are read in turns", async (_, text, lines) => {
+    const { world, watch, stop } = prepareWorld(["--host", "127.0.0.1", "--port", "0"]);
+    let [answered, before, most] = [0, 0, 0];
+    const describe = () => {
+      answered++;
+      return watch.describe();
+    };
+    const server = startServer(world, { ...watch, describe });
+    const agents = Array.from({ length: 200 }, () => connect({ port: server.port, host: "127.0.0.1" }));
+    for (const agent of agents) agent.on("data", () => {}).write(text);
+    while (answered < 200 * lines) {
+      await new Promise(setImmediate);
+      most = Math.max(most, answered - before);
+      before = answered;
+    }
+    // All of it takes some 200 ms, and a turn takes 10.
+    expect(most).toBeLessThan(100 * lines);
+    for (const agent of agents) agent.destroy();
+    stop.abort();
+    await server.stop();
+  });
+});
+
 // ── What takes its time ─────────────────────────────────────────────────────────────────────────
 // These wait for the limits of 10 s; they run at the same time, each with processes of its own.
 
@@ -4025,36 +4120,6 @@ suite("slowly", () => {
     },
     20_000,
   );
-
-  test.concurrent.each([
-    ["300 short lines each", "{}\n".repeat(300), 300, 600],
-    ["a long line each", `{"jsonrpc":"2.0","id":${"[".repeat(60_000)}\n`, 1, 10],
-  ])("agents that send %s are read in turns", async (_, text, lines, limit) => {
-    const stop = new AbortController();
-    const world: World = {
-      ...surround(),
-      options: optionsOf("--host", "127.0.0.1", "--port", "0"),
-      ...{ rest: [], self: { startedMs: 0, gateway: null }, stop: () => stop.abort(), signal: stop.signal },
-    };
-    const watch = startWatch(world, { look: async () => UNSEEN, onAnswer: () => {} });
-    let [answered, before, most] = [0, 0, 0];
-    const describe = () => {
-      answered++;
-      return watch.describe();
-    };
-    const server = startServer(world, { ...watch, describe });
-    const agents = Array.from({ length: 100 }, () => connect({ port: server.port, host: "127.0.0.1" }));
-    for (const agent of agents) agent.on("data", () => {}).write(text);
-    while (answered < 100 * lines) {
-      await new Promise(setImmediate);
-      most = Math.max(most, answered - before);
-      before = answered;
-    }
-    expect(most).toBeLessThan(limit);
-    for (const agent of agents) agent.destroy();
-    stop.abort();
-    await server.stop();
-  });
 
   test.concurrent.skipIf(!isLinux)(
     "100 MB up and down through the gateway stay within 64 MiB of idle, an endless event within 128 MiB (Linux)",
@@ -4304,6 +4369,21 @@ suite("slowly", () => {
       // What is kept counts, not what still waits for the garbage collector.
       await until(() => measureKib(breaker.pid) - before < 64 * 1024, 20_000);
       end();
+    },
+    40_000,
+  );
+
+  test.concurrent.skipIf(!isLinux)(
+    "requests of programs that leave, while the first look hangs, cost less than 32 MiB (Linux)",
+    async () => {
+      using account = startAccount(always(null));
+      const argv = ["--base-url", account.base, "--source", "costs", "--timeout", "60s", "--gateway", "0"];
+      await using breaker = await spawnBreaker(argv, withKey);
+      const port = await until(() => Number(/the gateway is \S+:(\d+)/.exec(breaker.log())?.[1]));
+      const before = measureKib(breaker.pid);
+      const head = `GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1:${port}\r\nX: ${"x".repeat(15_000)}\r\n\r\n`;
+      await comeAndLeave(port, { connections: 3000, rounds: 1, bytes: Buffer.from(head) });
+      await until(() => measureKib(breaker.pid) - before < 32 * 1024, 20_000);
     },
     40_000,
   );

@@ -225,8 +225,7 @@ export function resolveSource({ source, baseUrl, drill }: Options): "costs" | "b
 }
 
 // ── Schemas ─────────────────────────────────────────────────────────────────────────────────────
-// Every byte from outside passes one of these, in time linear in its length. Unknown members are left
-// alone: OpenAI adds some.
+// Every byte from outside passes one of these, in linear time. Unknown members are left alone: OpenAI adds some.
 
 function addUp(sums: Record<string, number>): number {
   return Object.values(sums).reduce((total, amount) => total + amount, 0);
@@ -437,11 +436,9 @@ export function readBilling(body: unknown, today: string): Page {
   const { daily_costs } = JsonSchema.safeParse(body).data ?? {};
   const entries = readDays(daily_costs ?? [], { days: BillingDaySchema, rows: BillingItemSchema, problems });
   const [envelope] = readEach([body], { schema: BillingSchema, problems });
-  // Relays send nothing but this.
-  const total = (envelope?.total_usage ?? 0) / 100;
+  const total = (envelope?.total_usage ?? 0) / 100; // Relays send nothing but this.
   const rest = total - entries.reduce((sum, { amount }) => sum + amount, 0);
-  // What is smaller than this is the rounding of the sum.
-  if (rest > total * 1e-12) entries.push({ day: today, amount: rest });
+  if (rest > total * 1e-12) entries.push({ day: today, amount: rest }); // Less is the rounding of the sum.
   return { entries, next: null, problem: problems[0] ?? null };
 }
 
@@ -527,8 +524,7 @@ export function decide(moment: Moment): Pick<Info, "open" | "reason" | "message"
     return { open: false, reason: "none", message: `${cost} on ${yesterday} and ${today} (UTC)` };
   }
   const ageSeconds = Math.floor((now - (asOfMs ?? 0)) / SECOND);
-  const age = ageSeconds >= 0 ? `is ${ageSeconds} s old` : "lies in the future, check this machine's clock";
-  const cause = asOfMs === null ? "no good look at the account yet" : `the last good look ${age}`;
+  const cause = asOfMs === null ? "no good look at the account yet" : `the last good look is ${ageSeconds} s old`;
   return { open: options.whenUnknown, reason: "unknown", message: [cause, error ?? []].flat().join(": ") };
 }
 
@@ -565,7 +561,6 @@ type LineCommand = Question & { name: string; help: string; localOnly?: true };
 const STATUS_HELP = "TRUE when the account incurred a cost today or yesterday (UTC) or that is not known, else FALSE";
 const INFO_HELP = "reason, amounts and age as a line of JSON, for this machine only";
 
-/** A new command is a new row. */
 export const LINE_COMMANDS: LineCommand[] = [
   { name: "STATUS", help: STATUS_HELP, needsLook: true, reply: ({ open }) => (open ? "TRUE" : "FALSE") },
   { name: "HELP", help: "this list", reply: () => HELP },
@@ -814,6 +809,18 @@ async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<bool
   return !holds();
 }
 
+/** Makes the turns of who has much to do: 10 ms of each round of the event loop, and all else goes on between. */
+export function createTurns() {
+  let endMs = Infinity;
+  return async <T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) => {
+    do await nextTurn();
+    while (performance.now() >= endMs && !isGone());
+    if (endMs === Infinity) void nextTurn().then(() => (endMs = Infinity));
+    endMs = Math.min(endMs, performance.now() + 10);
+    return isGone() ? undefined : work();
+  };
+}
+
 /** All bytes of a stream; throws where there are more than 1 MiB. */
 async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
   const chunks: Uint8Array[] = [];
@@ -945,12 +952,9 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
 
 /** Reads a list to its end: `ask` takes what to add to the query for a page, and gives the cursor of the next. */
 async function readPages(ask: (query: string) => Promise<string | null>): Promise<void> {
-  const cursors = new Set<string>();
-  for (let query = ""; cursors.size < MAX_PAGES;) {
+  for (let [pages, query] = [0, ""]; pages < MAX_PAGES; pages++) {
     const next = await ask(query);
     if (next === null) return;
-    if (cursors.has(next)) throw new Error("next_page repeats itself, the pages have no end");
-    cursors.add(next);
     query = `&page=${encodeURIComponent(next)}`;
   }
   throw new Error(`there are more than ${MAX_PAGES} pages`);
@@ -1151,9 +1155,9 @@ function flush(socket: Socket): boolean {
 
 /** Makes the function that does all that can be done for a peer now. */
 function createPump(peers: Set<Socket>, watch: Watch) {
-  /** What all share who wait for a look, and the turns of those who wait for one, one after the other. */
+  /** What all share who wait for a look. */
   let resuming: Promise<void> | null = null;
-  let turn = Promise.resolve();
+  const takeTurn = createTurns();
   /** Idle agents leave room for everybody else. */
   const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_CONNECTIONS / 2;
   const held = (all: Socket[]) => all.reduce((sum, { data }) => sum + data.input.length + data.unsent.length, 0);
@@ -1191,7 +1195,7 @@ function createPump(peers: Set<Socket>, watch: Watch) {
     // A copy, so that what was read before it is freed.
     if (peer.input.length * 2 <= peer.input.buffer.byteLength) peer.input = Buffer.from(peer.input);
     const isSent = flush(socket);
-    if (isSent && waitsFor === "turn") turn = turn.then(nextTurn).then(() => pump(socket, true));
+    if (isSent && waitsFor === "turn") void takeTurn({ work: () => pump(socket, true), isGone: () => peer.isDone });
     if (isSent && (waitsFor === "look" || peer.isMcp)) peer.deadlineMs = Infinity;
     if (!isSent || waitsFor) {
       socket.pause();
@@ -1237,9 +1241,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
         pump(socket);
       },
       drain: pump,
-      close(socket) {
-        socket.data.isDone = peers.delete(socket);
-      },
+      close: (socket) => void (socket.data.isDone = peers.delete(socket)),
       error() {}, // The peer is gone, which close has said already.
     },
   });
@@ -1293,8 +1295,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   let counted = { day: "", ids: new Map<number, number>() };
   let waiting = 0;
   let left = 2 * MAX_HELD_BYTES; // of what may be held of all bodies
-  let turn = Promise.resolve(); // of those who read much, so that others have theirs
-  const takeTurn = () => (turn = turn.then(nextTurn));
+  const takeTurn = createTurns();
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
   const room = Math.max(Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200), 1);
 
@@ -1324,9 +1325,9 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const read = async (part: string) => {
       const isSilent = !part.includes("_tokens") && (told !== null || !part.includes('"model"'));
       const isMuch = part.length > TURN.bytes || ++parts % (isSilent ? 4096 : 64) === 0;
-      if (isMuch) await takeTurn();
-      if (isSilent) return undefined;
-      const json = readJson(part);
+      const work = () => (isSilent ? undefined : readJson(part));
+      const json = isMuch ? await takeTurn({ work }) : work();
+      if (json === undefined) return undefined;
       const spending = AnswerSchema.safeParse(json).data;
       if (spending) countOnce(spending);
       if (spending && (told?.usage ?? -1) <= (spending.usage ?? -1)) told = spending;
@@ -1345,16 +1346,15 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
 
   /** What to send on of a request, once it can be decided on, and whether that asks for the usage of a stream. */
   async function prepareBody(request: Request, { hold }: Pick<Relay, "hold">) {
-    await watch.whenSettled();
+    const isGone = () => request.signal.aborted;
+    await waitWhile(() => watch.whenSettled() !== null && !isGone());
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
     const isAskable = isChat && options.allowances.length > 0 && !watch.describe().open;
     const isRead = isAskable && hold(Number(request.headers.get("content-length") ?? Infinity));
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
-    if (text !== null) await takeTurn();
-    const asking = text === null ? null : askForUsage(text);
-    const isFull = () => server.pendingRequests - waiting >= room;
-    await waitWhile(() => isFull() && !watch.describe().open && !request.signal.aborted);
-    return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: asking !== null };
+    const asking = text === null ? null : await takeTurn({ work: () => askForUsage(text), isGone });
+    await waitWhile(() => server.pendingRequests - waiting >= room && !watch.describe().open && !isGone());
+    return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: Boolean(asking) };
   }
 
   /** Sends a request on where it may pass, and gives its answer while that comes. */
@@ -1475,7 +1475,7 @@ function runPs(...args: string[]): string {
 /** Whether `pid` is a breaker that serves from this file at `port`, as far as its arguments tell. */
 function isBreaker(pid: number, port: number): boolean {
   const [path, name] = [import.meta.path, basename(import.meta.path)].map(RegExp.escape);
-  const form = new RegExp(`^\\S*bun\\S* (run )?(-\\S+ )*(${path}|\\S*/${name}|${name})( serve)?(?<options> --.*)?$`);
+  const form = new RegExp(`^(?=\\S*bun)\\S+ (run )?(-\\S+ )*(${path}|(\\S*/)?${name})( serve)?(?<options> --.*)?$`);
   const found = form.exec(runPs("-o", "args=", "-p", String(pid)).trimEnd())?.groups;
   const ports = [...(found?.["options"] ?? "").matchAll(/ --port[= ](\d+)/g)].map(([, digits]) => Number(digits));
   return found !== undefined && [0, port].includes(ports.at(-1) ?? port);
