@@ -3602,6 +3602,31 @@ suite("the gateway", () => {
     expect((user + system) / 1000).toBeLessThan(1200); // It takes 3 s where each is parsed.
   });
 
+  test("an event that grows line by line is not read again for each", async () => {
+    const start = `data: ${"x".repeat(7_000_000)}\n`;
+    const upstream = Promise.withResolvers<ServerResponse>();
+    using openai = await startOpenAi((_, response) => {
+      response.writeHead(200, { "content-type": "text/event-stream" }).write(start);
+      upstream.resolve(response);
+    });
+    await using breaker = await serveGateway(openai);
+    const answer = await breaker.post("/responses", { stream: true });
+    const response = await upstream.promise;
+    const before = process.cpuUsage();
+    let left = start.length;
+    let lines = 500;
+    for await (const chunk of answer.body ?? []) {
+      left -= chunk.length;
+      if (left > 0) continue;
+      if (lines-- === 0) break;
+      response.write("data: x\n");
+      left = 8;
+    }
+    response.end();
+    const { user, system } = process.cpuUsage(before);
+    expect((user + system) / 1000).toBeLessThan(2000); // It takes 6 s where it is.
+  });
+
   /** A gateway whose counts go to `count`. */
   async function countBy(openai: { base: string }, count: Watch["count"]) {
     const stop = new AbortController();
@@ -3910,7 +3935,7 @@ suite("the gateway", () => {
     const argv = ["serve", "--host", "127.0.0.1", "--port", "0", "--base-url", openai.base, "--source", "costs"];
     const { code, err } = await run([...argv, "--gateway", port]);
     expect([code, err]).toEqual([69, expect.stringContaining(`Cannot listen at 127.0.0.1:${port}`)]);
-    expect(err).toContain("choose another --gateway");
+    expect(err).toContain("take another --gateway");
   });
 
   test("SIGTERM ends it within 2 s with a stream running", async () => {

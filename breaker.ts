@@ -15,8 +15,7 @@
  *
  *     It never says FALSE without having seen, recently and completely, that nothing was spent.
  *
- * It reads from top to bottom: what is pure, then the effects, then `main`; importing it does nothing.
- * Its documentation is the README.md of the project "breaker".
+ * It reads from top to bottom, first what is pure; importing it does nothing. The project's README.md says the rest.
  *
  * @module
  */
@@ -1272,17 +1271,20 @@ type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean;
 async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold, read }: Relay) {
   /** What has come of an event, or of the whole; null in the midst of what is too long. */
   let held: string | null = "";
+  let [seam, pieces] = ["", 0]; // where what came last meets what is held, and its pieces, of 100 bytes each
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   for await (const chunk of body) {
     if (chunk.length > 16384) await nextTurn(); // Others have their turn, however much has come.
-    const text: string = (held ?? "") + Buffer.from(chunk).toString("latin1");
+    const piece = Buffer.from(chunk).toString("latin1");
+    const text: string = (held ?? "") + piece;
+    seam = seam.slice(-2) + piece;
     let [shown, from, at] = ["", 0, 0];
-    for (const [event] of isEvents && chunk.includes(10) ? text.matchAll(EVENTS) : []) {
+    for (const [event] of isEvents && /\n\r?\n/.test(seam) ? text.matchAll(EVENTS) : []) {
       if (isUsage(await read(event))) [shown, from] = [shown + text.slice(from, at), at + event.length];
-      at += event.length;
+      [at, pieces] = [at + event.length, 0];
     }
     const rest = text.slice(at);
-    held = (held !== null || at > 0) && hold(rest.length) ? rest : null;
+    held = (held !== null || at > 0) && hold(rest.length + 100 * ++pieces) ? rest : null;
     const isWhole = held === null && rest.length === chunk.length;
     yield isAsked && !isWhole ? Buffer.from(shown + text.slice(from, held === null ? undefined : at), "latin1") : chunk;
   }
@@ -1615,8 +1617,7 @@ function listen<Listener>({ flag, place }: { flag: string; place: string }, star
   try {
     return start();
   } catch (error) {
-    const advice = `choose another ${flag}, or stop what listens there`;
-    throw new Error(`Cannot listen at ${place}: ${messageOf(error)}; ${advice}`);
+    throw new Error(`Cannot listen at ${place}: ${messageOf(error)}; take another ${flag}, or stop what listens there`);
   }
 }
 
@@ -1633,10 +1634,9 @@ async function serve(given: World): Promise<number> {
     error = info.error;
     if (info.open === newest?.open) return;
     log(`${info.open ? "TRUE" : "FALSE"}, ${info.message}`);
-    const isChange = info.open || newest !== null;
-    newest = info;
     // One hook at a time, while only the newest change waits.
-    if (isChange) hooks = hooks.then(() => (info === newest ? runHook(info, world) : undefined));
+    if (info.open || newest) hooks = hooks.then(() => (info === newest ? runHook(info, world) : undefined));
+    newest = info;
   };
   const watch = startWatch(world, { look, onAnswer });
   const server = listen({ flag: "--port", place: `${options.host}:${options.port}` }, () => startServer(world, watch));
