@@ -268,8 +268,7 @@ export const CostRowSchema = z
   .object({ amount: z.object({ value: AmountSchema, currency: z.string().regex(/^usd$/i).nullish() }) })
   .transform(({ amount }) => ({ amount: amount.value }));
 
-/** A longer one would make globs slow. */
-const modelName = str.max(256);
+const modelName = str.max(256); // A longer one would make globs slow.
 
 /** `input_tokens` holds the cached ones already. */
 const tokenCount = z.int().min(0);
@@ -390,8 +389,7 @@ export type Entry = { day: string; amount: number; model?: string };
 /** What an answer holds: `next` is the cursor of the next page, `problem` why the look has failed. */
 export type Page = { entries: Entry[]; next: string | null; problem: string | null };
 
-/** A page of 1 MiB can hold so many bad rows that to explain them takes seconds: it is read up to so many. */
-const MAX_PROBLEMS = 10;
+const MAX_PROBLEMS = 10; // A page of 1 MiB can hold so many bad rows that to explain them all takes seconds.
 
 function explain(error: z.ZodError): string {
   const [issue] = error.issues;
@@ -951,9 +949,12 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
 
 /** Reads a list to its end: `ask` takes what to add to the query for a page, and gives the cursor of the next. */
 async function readPages(ask: (query: string) => Promise<string | null>): Promise<void> {
-  for (let [pages, query] = [0, ""]; pages < MAX_PAGES; pages++) {
+  const cursors = new Set<string>();
+  for (let query = ""; cursors.size < MAX_PAGES;) {
     const next = await ask(query);
     if (next === null) return;
+    if (cursors.has(next)) throw new Error("next_page repeats itself, the pages have no end");
+    cursors.add(next);
     query = `&page=${encodeURIComponent(next)}`;
   }
   throw new Error(`there are more than ${MAX_PAGES} pages`);
@@ -1011,8 +1012,7 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
 // ── Effects: the watch ──────────────────────────────────────────────────────────────────────────
 // One timer and one look at a time, whoever asks: every answer comes from the reading in memory.
 
-/** When the wall clock moves so far from the monotonic one, the machine was asleep, or somebody set it. */
-const CLOCK_JUMP_MS = 10 * SECOND;
+const CLOCK_JUMP_MS = 10 * SECOND; // Where wall and monotonic clock move so far apart, one was set, or all slept.
 
 /** Looks on and on; `onAnswer` hears every answer that rests on a look. */
 export function startWatch(world: World, { look, onAnswer }: { look: Look; onAnswer: (info: Info) => void }) {
