@@ -4098,6 +4098,24 @@ suite("turns", () => {
     await gateway.stop();
   });
 
+  test.skipIf(!isLinux)("agents that leave in the midst of a long line are let go (Linux)", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+    const line = `${request("x".repeat(60_000), "ping")}\n`;
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    const countFiles = () => readdirSync(`/proc/${breaker.pid}/fd`).length;
+    const before = countFiles();
+    const agents = Array.from({ length: 2 }, () => connect({ port: breaker.port, host: "127.0.0.1" }));
+    for (const agent of agents) {
+      agent.write(line.slice(0, 40_000));
+      await new Promise((resolve) => agent.once("data", resolve).write(line.slice(40_000)));
+      await new Promise<void>((resolve) => agent.write(line.slice(0, 40_000), () => resolve()));
+    }
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    for (const agent of agents) agent.destroy();
+    await until(() => countFiles() <= before);
+  });
+
   test.each([
     ["300 short lines each", "{}\n".repeat(300), 300],
     ["a long line each", `{"jsonrpc":"2.0","id":${"[".repeat(60_000)}\n`, 1],

@@ -1239,7 +1239,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
         socket.data.ended = true;
         pump(socket);
       },
-      drain: pump,
+      drain: (socket) => void (socket.data.unsent.length > 0 && pump(socket)), // Bun calls it after each resume.
       close: (socket) => void (socket.data.isDone = peers.delete(socket)),
       error() {}, // The peer is gone, which close has said already.
     },
