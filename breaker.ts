@@ -1271,7 +1271,7 @@ type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean;
 async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold, read }: Relay) {
   /** What has come of an event, or of the whole; null in the midst of what is too long. */
   let held: string | null = "";
-  let [seam, pieces] = ["", 0]; // where what came last meets what is held, and its pieces, of 100 bytes each
+  let [seam, pieces] = ["", 0]; // where what came last meets what is held, and its pieces, of 128 bytes each
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   for await (const chunk of body) {
     if (chunk.length > 16384) await nextTurn(); // Others have their turn, however much has come.
@@ -1284,7 +1284,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold
       [at, pieces] = [at + event.length, 0];
     }
     const rest = text.slice(at);
-    held = (held !== null || at > 0) && hold(rest.length + 100 * ++pieces) ? rest : null;
+    held = (held !== null || at > 0) && hold(rest.length + 128 * ++pieces) ? rest : null;
     const isWhole = held === null && rest.length === chunk.length;
     yield isAsked && !isWhole ? Buffer.from(shown + text.slice(from, held === null ? undefined : at), "latin1") : chunk;
   }
