@@ -1161,6 +1161,11 @@ const truths: [string, Respond, Verdict, string?][] = [
     body([{ ...bucket(0, 0), start_time: bucket(0).start_time + 3600, end_time: undefined }]),
     "TRUE unknown",
   ],
+  [
+    "a cost of a bucket that begins a microsecond before yesterday",
+    body([{ ...bucket(1, 5), start_time: bucket(1).start_time - 1e-6, end_time: undefined }]),
+    "TRUE unknown",
+  ],
   ["a bucket without an end", body([{ ...bucket(0, 0), end_time: undefined }]), "FALSE none"],
   ["a bucket of a day and a second", body([{ ...bucket(1, 0), end_time: bucket(0).start_time + 1 }]), "TRUE unknown"],
   ["a bucket that ends as it begins", body([{ ...bucket(1, 5), end_time: bucket(1).start_time }]), "TRUE cost"],

@@ -243,7 +243,7 @@ export function formatDay(ms: number): string {
 }
 
 /** 00:00 UTC of a day, in Unix seconds from 2001 to 2286, so that milliseconds do not pass for a far day. */
-const midnight = z.number().min(1e9).max(1e10).multipleOf(86400);
+const midnight = z.int().min(1e9).max(1e10).multipleOf(86400);
 const DaySchema = midnight.transform((seconds) => formatDay(seconds * SECOND));
 /** An object, not copied: it can have very many members. */
 const JsonSchema = z.custom<Json>((json) => json instanceof Object && !Array.isArray(json), "expected an object");
