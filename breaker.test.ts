@@ -1470,6 +1470,19 @@ suite("the truth", () => {
     }
   });
 
+  test("what a proxy says is cut short, and holds no key", async () => {
+    const sent = `HTTP/1.1 502 ${KEY} ${"x".repeat(5000)}\r\nContent-Length: 0\r\n\r\n`;
+    const answer = { data: (socket: Bun.Socket) => void socket.end(sent) };
+    const listener = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: answer });
+    const env = { OPENAI_ADMIN_KEY: KEY, HTTPS_PROXY: `http://127.0.0.1:${listener.port}` };
+    const argv = ["check", "--base-url", "https://api.example.invalid/v1", "--source", "costs"];
+    const { code, out } = await spawnCommand(argv, { env });
+    listener.stop(true);
+    expect([code, out]).toEqual([69, expect.stringContaining("Cannot read the costs: ")]);
+    expect(out).not.toContain(KEY);
+    expect(out.length).toBeLessThan(1000);
+  });
+
   test("check prints the days, the costs and the verdict", async () => {
     const tokens = http(usage({ model: "o3", input: 100, output: 20 }));
     using account = startAccount(({ path }) => (path === COSTS ? CENT : tokens));

@@ -977,7 +977,7 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
       signal: AbortSignal.any([signal, AbortSignal.timeout(options.timeoutMs)]),
     });
     const response = await asked.catch((error) => {
-      throw new Error(`${messageOf(error)}; check the network and --base-url`);
+      throw new Error(`${redact(messageOf(error))}; check the network and --base-url`);
     });
     if (response.status === 401 || response.status === 403) forgetKey();
     look.retryAfterMs = Math.max(look.retryAfterMs, parseRetryAfter(response.headers.get("retry-after"), now()));
@@ -1396,7 +1396,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     fetch(request) {
       server.timeout(request, 0); // A model may think for minutes; who sends no request is cut off.
       const record = openRecord(request);
-      const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${messageOf(error)}`);
+      const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${redact(messageOf(error))}`);
       return pass(request, record).catch((error) => record.end(fail(error)));
     },
   });
