@@ -407,6 +407,12 @@ async function within<T>(limitMs: number, work: () => T | Promise<T>): Promise<T
 // ── Options ─────────────────────────────────────────────────────────────────────────────────────
 
 suite("options", () => {
+  test("a limit in millions is a whole number of tokens", () => {
+    expect(optionsOf("--source", "costs", "--allowance", "*=2.007M").allowances).toEqual([
+      { models: "*", limit: 2007000 },
+    ]);
+  });
+
   test("the defaults are those of the table", () => {
     expect(optionsOf()).toEqual({
       host: "0.0.0.0",

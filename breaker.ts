@@ -63,7 +63,7 @@ const allowance = word
   .regex(/^[^,=]+(,[^,=]+)*=[^=]+$/)
   .transform((text) => text.split("=", 2))
   .pipe(z.tuple([z.string(), scaled(/^\d+(\.\d+)?[kMG]?$/, { min: Number.MIN_VALUE })]))
-  .transform(([models, limit]) => ({ models, limit }));
+  .transform(([models, limit]) => ({ models, limit: Number(limit.toPrecision(15)) })); // 2.007M is 2007000.0000000002.
 
 // What an option may be: what that is called in --help, and what is expected where it is something else.
 const TIME = { takes: "TIME", expects: "a duration from 1ms to 24h such as 500ms, 30s, 10m or 1h" };
