@@ -390,6 +390,20 @@ function talk(
   });
 }
 
+/** What a server needs that runs in this process, and ends by `stop`. */
+function prepareWorld(argv: string[]) {
+  const stop = new AbortController();
+  const world: World = {
+    ...surround(),
+    options: optionsOf(...argv),
+    ...{ rest: [], self: { startedMs: 0, gateway: null }, stop: () => stop.abort(), signal: stop.signal },
+  };
+  const look = async () => ({ ...UNSEEN, asOfMs: Date.now() });
+  const watch = startWatch(world, { look, onAnswer: () => {} });
+  watch.hurry();
+  return { world, watch, stop };
+}
+
 /** The memory of a process that is resident, or that was at most, in KiB. */
 function measureKib(pid: number, when: "now" | "most" = "now"): number {
   const form = when === "now" ? /VmRSS:\s+(\d+)/ : /VmHWM:\s+(\d+)/;
@@ -3626,41 +3640,52 @@ suite("the gateway", () => {
     expect((user + system) / 1000).toBeLessThan(1200); // It takes 3 s where each is parsed.
   });
 
-  test("an event that grows line by line is not read again for each", async () => {
-    const start = `data: ${"x".repeat(7_000_000)}\n`;
+  /** Has an answer of the gateway sent piece by piece, each once the one before has come through; gives what came. */
+  async function sendPieces(pieces: string[]) {
     const upstream = Promise.withResolvers<ServerResponse>();
     using openai = await startOpenAi((_, response) => {
-      response.writeHead(200, { "content-type": "text/event-stream" }).write(start);
-      upstream.resolve(response);
+      upstream.resolve(response.writeHead(200, { "content-type": "text/event-stream" }));
+      response.write(pieces[0]);
     });
     await using breaker = await serveGateway(openai);
     const answer = await breaker.post("/responses", { stream: true });
     const response = await upstream.promise;
-    const before = process.cpuUsage();
-    let left = start.length;
-    let lines = 500;
+    let [text, sent] = ["", 1];
+    let expected = pieces[0]?.length ?? 0;
     for await (const chunk of answer.body ?? []) {
-      left -= chunk.length;
-      if (left > 0) continue;
-      if (lines-- === 0) break;
-      response.write("data: x\n");
-      left = 8;
+      text += Buffer.from(chunk).toString("latin1");
+      if (text.length < expected) continue;
+      const piece = pieces[sent++];
+      if (piece === undefined) response.end();
+      else response.write(piece);
+      expected += piece?.length ?? 0;
     }
-    response.end();
+    return { text, used: await breaker.used() };
+  }
+
+  test("an event that grows line by line is not read again for each", async () => {
+    const pieces = [`data: ${"x".repeat(7_000_000)}\n`, ...Array<string>(500).fill("data: x\n")];
+    const before = process.cpuUsage();
+    expect((await sendPieces(pieces)).text).toBe(pieces.join(""));
     const { user, system } = process.cpuUsage(before);
     expect((user + system) / 1000).toBeLessThan(2000); // It takes 6 s where it is.
   });
 
+  test.each(["\n", "\r\n"])(
+    "events count also where each byte comes by itself, with lines that end in %j",
+    async (end) => {
+      const event = (id: string) => `data: ${JSON.stringify({ id, model: "m", usage: inputUsage })}${end}${end}`;
+      const sent = `${event("a")}${event("b")}: the end`;
+      const { text, used } = await sendPieces([...sent]);
+      expect(text).toBe(sent);
+      expect(used).toBe(240);
+    },
+  );
+
   /** A gateway whose counts go to `count`. */
   async function countBy(openai: { base: string }, count: Watch["count"]) {
-    const stop = new AbortController();
-    const world: World = {
-      ...surround(),
-      options: optionsOf("--gateway", "0", "--allowance", "*=1G", "--base-url", openai.base, "--source", "costs"),
-      ...{ rest: [], self: { startedMs: 0, gateway: null }, stop: () => stop.abort(), signal: stop.signal },
-    };
-    const watch = startWatch(world, { look: async () => ({ ...UNSEEN, asOfMs: Date.now() }), onAnswer: () => {} });
-    watch.hurry();
+    const argv = ["--gateway", "0", "--allowance", "*=1G", "--base-url", openai.base, "--source", "costs"];
+    const { world, watch, stop } = prepareWorld(argv);
     const gateway = startGateway(world, { ...watch, count });
     const end = () => [stop.abort(), gateway.stop()];
     return {
@@ -4082,20 +4107,6 @@ suite("turns", () => {
     for (; !isAnswered; rounds++) await new Promise(setImmediate);
     last.destroy();
     return rounds;
-  }
-
-  /** What a server needs that runs in this process, and ends by `stop`. */
-  function prepareWorld(argv: string[]) {
-    const stop = new AbortController();
-    const world: World = {
-      ...surround(),
-      options: optionsOf(...argv),
-      ...{ rest: [], self: { startedMs: 0, gateway: null }, stop: () => stop.abort(), signal: stop.signal },
-    };
-    const look = async () => ({ ...UNSEEN, asOfMs: Date.now() });
-    const watch = startWatch(world, { look, onAnswer: () => {} });
-    watch.hurry();
-    return { world, watch, stop };
   }
 
   test("nobody waits for his turn behind agents that have left", async () => {

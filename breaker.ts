@@ -806,18 +806,6 @@ async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<bool
   return !holds();
 }
 
-/** Makes the turns of who has much to do: 10 ms of each round of the event loop, and all else goes on between. */
-export function createTurns() {
-  let endMs = Infinity;
-  return async <T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) => {
-    do await nextTurn();
-    while (performance.now() >= endMs && !isGone());
-    if (endMs === Infinity) void nextTurn().then(() => (endMs = Infinity));
-    endMs = Math.min(endMs, performance.now() + 10);
-    return isGone() ? undefined : work();
-  };
-}
-
 /** All bytes of a stream; throws where there are more than 1 MiB. */
 async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
   const chunks: Uint8Array[] = [];
@@ -1109,9 +1097,21 @@ export type Watch = ReturnType<typeof startWatch>;
 // ── Effects: the server ─────────────────────────────────────────────────────────────────────────
 
 const MAX_CONNECTIONS = 1024;
-/** How much is read, or answered, in a turn of its own, and what may be held of all peers, unread or unsent. */
-const TURN = { lines: 256, bytes: 64 * 1024 };
+/** How much is read, or answered, in turns of their own, and what may be held of all peers, unread or unsent. */
+const TURN = { ms: 10, lines: 256, bytes: 64 * 1024 };
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
+
+/** Makes the turns of who has much to do: some ms of each round of the event loop; all else goes on between. */
+function createTurns() {
+  let endMs = Infinity;
+  return async <T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) => {
+    do await nextTurn();
+    while (performance.now() >= endMs && !isGone());
+    if (endMs === Infinity) void nextTurn().then(() => (endMs = Infinity));
+    endMs = Math.min(endMs, performance.now() + TURN.ms);
+    return isGone() ? undefined : work();
+  };
+}
 
 interface Peer {
   /** Whether each of its lines is a message of MCP, whether it has sent its last, whether it got its last answer. */
@@ -1271,7 +1271,7 @@ type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean;
 async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold, read }: Relay) {
   /** What has come of an event, or of the whole; null in the midst of what is too long. */
   let held: string | null = "";
-  let [seam, pieces] = ["", 0]; // where what came last meets what is held, and its pieces, of 128 bytes each
+  let [seam, pieces] = ["", 0]; // the seam of what is held with what came last, and its pieces: each takes 128 bytes
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   for await (const chunk of body) {
     if (chunk.length > 16384) await nextTurn(); // Others have their turn, however much has come.
