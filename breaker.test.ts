@@ -3641,13 +3641,14 @@ suite("the gateway", () => {
   });
 
   /** Has an answer of the gateway sent piece by piece, each once the one before has come through; gives what came. */
-  async function sendPieces(pieces: string[]) {
+  async function sendPieces(pieces: string[], prepare: (gateway: string) => Promise<unknown> = async () => {}) {
     const upstream = Promise.withResolvers<ServerResponse>();
     using openai = await startOpenAi((_, response) => {
       upstream.resolve(response.writeHead(200, { "content-type": "text/event-stream" }));
       response.write(pieces[0]);
     });
     await using breaker = await serveGateway(openai);
+    await prepare(breaker.gateway);
     const answer = await breaker.post("/responses", { stream: true });
     const response = await upstream.promise;
     let [text, sent] = ["", 1];
@@ -3681,6 +3682,36 @@ suite("the gateway", () => {
       expect(used).toBe(240);
     },
   );
+
+  /** Has so many requests wait for the rest of their bodies that little of what may be held is left: some 100 KiB. */
+  async function leaveLittle(gateway: string): Promise<void> {
+    const { port, host } = new URL(gateway);
+    for (let [left, i] = [2 ** 25, 0]; i < 20; i++) {
+      const size = Math.floor(left / 4);
+      left -= size;
+      const head = `POST /v1/chat/completions HTTP/1.1\r\nHost: ${host}\r\nContent-Length: ${size}\r\n\r\n{`;
+      connect({ port: Number(port), host: "127.0.0.1" })
+        .on("error", () => {})
+        .write(head);
+      await talkHttp(gateway, ["GET / HTTP/1.1", `Host: ${host}`, "Connection: close"]); // Answered after that.
+    }
+  }
+
+  const usageEvent = (id: string) => `data: ${JSON.stringify({ id, model: "m", usage: inputUsage })}\n\n`;
+  test("pieces of an event are held no longer than the event", async () => {
+    const pieces = Array.from(
+      { length: 300 },
+      (_, i) => /(.{20})([^]*)/.exec(usageEvent(`${i}`))?.slice(1) ?? [],
+    ).flat();
+    expect((await sendPieces(pieces, leaveLittle)).used).toBe(300 * 120);
+  });
+
+  test("an event of more pieces than may be held passes unread", async () => {
+    const sent = `: ${"x".repeat(300)}\n${usageEvent("a")}`;
+    const { text, used } = await sendPieces([...sent], leaveLittle);
+    expect(text).toBe(sent);
+    expect(used).toBe(0);
+  });
 
   /** A gateway whose counts go to `count`. */
   async function countBy(openai: { base: string }, count: Watch["count"]) {
