@@ -14,6 +14,7 @@ import {
   readdirSync,
   readFileSync,
   rmSync,
+  symlinkSync,
   writeFileSync,
 } from "node:fs";
 import { createServer, type IncomingHttpHeaders, type ServerResponse } from "node:http";
@@ -625,6 +626,9 @@ suite("amounts", () => {
     [Number.POSITIVE_INFINITY, null],
     ["Infinity", null],
     ["1e999", null],
+    [1e15, 1e15],
+    [1.7e308, null], // Two of them are Infinity.
+    ["-1.7e308", null],
     ["NaN", null],
     ["0x10", null],
     ["1,5", null],
@@ -710,7 +714,8 @@ test.each([
   [`Incorrect key: ${KEY}`, "Incorrect key: sk-***"],
   ["provided: sk-other-abc***xyz, again", "provided: sk-*** again"],
   ["two\nlines\x1b[31m\0", "two lines [31m "],
-  ["from right to\u202eleft", "from right to left"],
+  ["from right to\u202eleft", "from right toleft"],
+  [`sk-admin\u200b-${"k".repeat(9)}\u2060${"k".repeat(9)}`, "sk-***"],
   ["a task-list on disk-0 is nothing secret", "a task-list on disk-0 is nothing secret"],
   [`of the model osk-admin-${"k".repeat(40)}`, "of the model osk-***"],
   ["x".repeat(5000), `${"x".repeat(300)}…`],
@@ -850,6 +855,21 @@ suite("pages and billing", () => {
         ["2026-11-22", 1],
         ["2026-11-22", -1],
         ["2026-11-23", 0.5],
+      ],
+      true,
+    ],
+    [
+      "days that cost more than the total",
+      { total_usage: 50, daily_costs: [{ timestamp: day - 5 * 86400, line_items: [{ cost: 100 }] }] },
+      [["2026-11-17", 1]],
+      false,
+    ],
+    [
+      "days that cost more than the total by the rounding of a sum",
+      { total_usage: 30, daily_costs: [{ timestamp: day, line_items: [{ cost: 10 }, { cost: 20.000000000001 }] }] },
+      [
+        ["2026-11-22", 0.1],
+        ["2026-11-22", 0.2],
       ],
       true,
     ],
@@ -3200,6 +3220,8 @@ suite("passing on", () => {
     ["", null],
     ["[]", null],
     ['{"stream":true', null],
+    // Its bytes would be others.
+    ['{"stream":true,"stream_options":{"x":"\\u20ac"}}', null],
     // Nothing is touched where the wish would land in another object.
     ['{"a":{"stream_options":{}},"stream":true,"stream_options":{"y":{}}}', null],
     [
@@ -3970,6 +3992,19 @@ suite("the gateway", () => {
     expect(await breaker.used()).toBe(0);
   });
 
+  test.each(["0123456789abcdef", "sk-client\u200bsk-client"])(
+    "an upstream that echoes the key %j puts it in no log",
+    async (key) => {
+      using openai = await startOpenAi((_, response) => json(chat({ model: key }))(_, response));
+      await using breaker = await serveGateway(openai);
+      const headers = { authorization: `Bearer ${key.replaceAll("\u200b", "")}` };
+      await (await breaker.post(`/files/${key.slice(0, 16)}`, {}, { headers })).text();
+      const line = await until(() => breaker.logs.find((text) => text.includes("POST")));
+      expect(line).toMatch(/POST \/v1\/files\/sk-\*\*\* /);
+      expect(line).not.toMatch(/89abcdef|client/);
+    },
+  );
+
   test("an upstream that cannot be reached is 502, which clients may try again", async () => {
     let openai: Awaited<ReturnType<typeof startOpenAi>> | null = await startOpenAi(json({}));
     await using breaker = await serveGateway(openai);
@@ -4105,9 +4140,36 @@ suite("the README", () => {
     },
   );
 
+  test("the first line of the file and those for agents take nothing from the folder where they start", async () => {
+    const [line = ""] = readFileSync(SCRIPT, "utf8").split("\n", 1);
+    const [, flags = ""] = /^#!\/usr\/bin\/env -S bun (.*)$/.exec(line) ?? [];
+    const text = readFileSync(readme, "utf8");
+    expect(text).toContain(`ExecCondition=/path/to/bun ${flags} /path/to/breaker.ts status`);
+    expect(text).toContain(`claude mcp add breaker -- bun ${flags} /path/to/breaker.ts mcp`);
+    const [, args = ""] = /"args":(\[[^\]]*\])/.exec(text) ?? [];
+    expect(JSON.parse(args)).toEqual([...flags.split(" "), "/path/to/breaker.ts", "mcp"]);
+
+    const [own, others] = [makeFolder(), makeFolder()];
+    const script = join(own, "breaker.ts");
+    symlinkSync(process.execPath, join(own, "bun"));
+    writeFileSync(
+      script,
+      `${line}\nimport { basename } from "node:path"; console.log(basename("a/own"), process.env.ENTRY);`,
+    );
+    chmodSync(script, 0o755);
+    writeFileSync(join(others, "other.ts"), 'console.log("other"); process.exit();');
+    writeFileSync(join(others, ".env"), "ENTRY=other");
+    writeFileSync(join(others, "tsconfig.json"), '{"compilerOptions":{"paths":{"*":["./other.ts"]}}}');
+    const start = (command: string) => sh(`cd ${others} && ${command}`, { PATH: `${own}:${process.env["PATH"]}` });
+    expect((await start(`bun ${script}`)).out).toBe("other\n");
+    expect(await start(script)).toEqual({ code: 0, out: "own undefined\n", err: "" });
+    writeFileSync(join(others, "bunfig.toml"), `preload = ["./other.ts"]`);
+    expect(await start(script)).toEqual({ code: 0, out: "own undefined\n", err: "" });
+  });
+
   test("names every option, and nothing that is none", () => {
     // Those of bun and of systemctl.
-    const others = ["--no-env-file", "--user"];
+    const others = ["--config", "--no-env-file", "--tsconfig-override", "--user"];
     const list = (text: string) => [...new Set(text.match(/(?<![-\w])--[a-z][-a-z]*/g))].sort();
     const named = list(readFileSync(readme, "utf8"));
     expect(named.filter((name) => !others.includes(name))).toEqual(list(formatHelp()));

@@ -1,4 +1,4 @@
-#!/usr/bin/env -S bun -i --no-env-file
+#!/usr/bin/env -S bun -i --no-env-file --config=/dev/null --tsconfig-override=/dev/null
 // SPDX-License-Identifier: MIT
 /// <reference types="bun-types" />
 /**
@@ -235,7 +235,7 @@ export const AmountSchema = z
   .union([z.number(), z.string().regex(/^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i)])
   // Only zero is 0: what is too small for a number counts as 1e-300.
   .transform((value) => (/^[^e-]*[1-9]/i.test(String(value)) ? Math.max(Number(value), 1e-300) : Number(value)))
-  .pipe(z.number());
+  .pipe(z.number().min(-1e15).max(1e15)); // So that no sum of them is infinite.
 
 /** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
 export function formatDay(ms: number): string {
@@ -375,8 +375,8 @@ export function computeBackoff(failures: number, waits: Record<"intervalMs" | "r
 
 /** Makes text from outside fit for a log line: no control characters, no key, at most 300 characters. */
 export function redact(text: string): string {
-  const line = text.slice(0, 2000).replace(/[\p{Cc}\p{Cf}\u2028\u2029]+/gu, " ");
-  const clean = line.replace(/\bsk-\S+|sk-\S{20,}/g, "sk-***");
+  const visible = text.slice(0, 2000).replace(/\p{Cf}/gu, "");
+  const clean = visible.replace(/[\p{Cc}\u2028\u2029]+/gu, " ").replace(/\bsk-\S+|sk-\S{20,}/g, "sk-***");
   return clean.length > 300 ? `${clean.slice(0, 300)}…` : clean;
 }
 
@@ -436,6 +436,7 @@ export function readBilling(body: unknown, today: string): Page {
   const total = (envelope?.total_usage ?? 0) / 100; // Relays send nothing but this.
   const rest = total - entries.reduce((sum, { amount }) => sum + amount, 0);
   if (rest > total * 1e-12) entries.push({ day: today, amount: rest }); // Less is the rounding of the sum.
+  if (rest < total * -1e-12) problems.push("total_usage: expected the sum of daily_costs, or more");
   return { entries, next: null, problem: problems[0] ?? null };
 }
 
@@ -615,11 +616,10 @@ const VERSION_KEY = `${META}protocolVersion`;
 const CAPABILITIES_KEY = `${META}clientCapabilities`;
 
 const IdSchema = z.union([z.string(), z.int()]);
+type Id = z.output<typeof IdSchema>;
 const MessageSchema = z.object({ jsonrpc: z.literal("2.0"), method: z.string(), params: z.unknown().optional() });
 const ParamsSchema = z.object({ _meta: JsonSchema.optional() });
 const MetaSchema = z.object({ [VERSION_KEY]: z.string(), [CAPABILITIES_KEY]: JsonSchema });
-
-type Id = z.output<typeof IdSchema>;
 
 const { $schema: _, ...outputSchema } = z.toJSONSchema(InfoSchema.omit({ pid: true }));
 const TOOL_LISTING = {
@@ -731,7 +731,7 @@ export function askForUsage(body: string): string | null {
   if (!request || request.stream_options?.["include_usage"]) return null;
   const formatWish = () => `"stream_options":${JSON.stringify({ ...request.stream_options, include_usage: true })}`;
   if (request.stream_options === undefined) return body.replace("{", () => `{${formatWish()},`);
-  const spliced = body.replace(/"stream_options"\s*:\s*(null|\{[^{}]{0,999}\})/, formatWish);
+  const spliced = body.replace(/"stream_options"\s*:\s*(null|\{[^{}\\]{0,999}\})/, formatWish);
   return read(spliced)?.stream_options?.["include_usage"] ? spliced : null;
 }
 
@@ -1312,7 +1312,8 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   }
 
   /** What is kept of a request until its answer ends, which writes a line to the log. */
-  function openRecord({ method, url }: Request) {
+  function openRecord({ method, url, headers }: Request) {
+    const [, key = "sk-***"] = /^\S+ +(\S{8,})/.exec(headers.get("authorization") ?? "") ?? [];
     const beganMs = performance.now();
     let told: Spending | null = null;
     let [held, parts] = [0, 0];
@@ -1340,7 +1341,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
       const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
       const seconds = ((performance.now() - beganMs) / SECOND).toFixed(2);
       hold(0);
-      log(redact(`${method} ${path} ${answer.status}${spent} ${seconds} s`));
+      log(redact(`${method} ${path} ${answer.status}${spent} ${seconds} s`.replaceAll(key, "sk-***")));
       return answer;
     };
     return { hold, read, end };
@@ -1487,8 +1488,7 @@ function isBreaker(pid: number, port: number): boolean {
 async function stopBreaker({ options }: World): Promise<number> {
   const { pid } = await askInfo(options);
   if (!isBreaker(pid, options.port)) {
-    const place = `runs here as bun breaker.ts at ${options.port}`;
-    throw new Error(`Process ${pid} is no breaker that ${place}; stop it where it runs, or with: kill`);
+    throw new Error(`Process ${pid} is no breaker that runs here at ${options.port}; stop it there, or with: kill`);
   }
   if (!kill(pid, "SIGTERM")) throw new Error(`Process ${pid} cannot be stopped; try it as the user who started it`);
   if (await waitWhile(() => isBreaker(pid, options.port), PATIENCE_MS)) return EXIT.closed;
