@@ -2488,6 +2488,19 @@ suite("hooks", () => {
     expect(breaker.log()).not.toContain("--on-reset");
   });
 
+  test("one that prints without end fills neither the log nor the time", async () => {
+    using account = startAccount(always(CENT));
+    await using breaker = await serve([
+      "--base-url",
+      account.base,
+      ...quick,
+      "--on-trip",
+      "yes | head -n 500000; exit 3",
+    ]);
+    await until(() => breaker.logs.some((text) => text.includes("ended with exit code 3")));
+    expect(breaker.logs.filter((text) => text.includes("--on-trip: y"))).toHaveLength(1000);
+  });
+
   test("one that fails is logged and changes nothing", async () => {
     using account = startAccount(always(CENT));
     await using breaker = await serve(["--base-url", account.base, ...quick, "--on-trip", "echo oops >&2; exit 3"]);

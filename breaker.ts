@@ -1419,7 +1419,7 @@ async function runHook(info: Info, { options, env, signal, log }: World): Promis
   const run = { env: childEnv(env, variables), signal, input: `${JSON.stringify(info)}\n` };
   try {
     const { code, stdout, stderr } = await runProgram(["sh", "-c", command], run);
-    for (const line of `${stdout}\n${stderr}`.split("\n")) if (line.trim()) log(`${name}: ${redact(line)}`);
+    for (const line of `${stdout}\n${stderr}`.split("\n", 1000)) if (line.trim()) log(`${name}: ${redact(line)}`);
     if (code !== 0) log(`${name}: ended with exit code ${code}`);
   } catch (error) {
     log(`${name}: killed, ${messageOf(error)}`);
