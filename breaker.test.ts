@@ -1692,6 +1692,15 @@ suite("the watch", () => {
     await until(async () => (await breaker.ask("STATUS")) === "FALSE");
   });
 
+  test("that the clock counts whole milliseconds is no jump, however short --max-age is", async () => {
+    const { watch, stop } = prepareWorld(["--source", "costs", "--max-age", "1ms"]);
+    await watch.whenSettled();
+    let waits = 0;
+    for (const endMs = performance.now() + 50; performance.now() < endMs;) if (watch.whenSettled()) waits++;
+    stop.abort();
+    expect(waits).toBe(0);
+  });
+
   test("who asks while others wait for a look waits only for the rest of it", async () => {
     using account = startAccount(always(null));
     const argv = ["--base-url", account.base, "--source", "costs", "--timeout", "600ms"];

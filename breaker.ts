@@ -1037,7 +1037,7 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
 
   function noticeJump(): void {
     const movedMs = now() - performance.now() - leadMs;
-    if (Math.abs(movedMs) <= Math.min(CLOCK_JUMP_MS, options.maxAgeMs / 10)) return;
+    if (Math.abs(movedMs) <= Math.min(CLOCK_JUMP_MS, Math.max(100, options.maxAgeMs / 10))) return; // 100 is jitter.
     leadMs += movedMs;
     // By a clock that was set back, nobody can tell how old the last good look is.
     if (movedMs < 0) learn({ ...reading, asOfMs: null, error: "this machine's clock was set back" });
