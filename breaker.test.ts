@@ -3785,6 +3785,25 @@ suite("the gateway", () => {
     gateway.end();
   });
 
+  test("others have their turn while 60 events that came at once take 1 ms each to be counted", async () => {
+    const list = Array.from({ length: 60 }, (_, i) => ({ id: `${i}`, model: MODEL, usage: inputUsage }));
+    using openai = await startOpenAi(events(list));
+    let [counted, before, most] = [0, 0, 0];
+    const gateway = await countBy(openai, () => {
+      counted++;
+      Bun.sleepSync(1);
+    });
+    const answer = gateway.text();
+    while (counted < list.length) {
+      await new Promise(setImmediate);
+      most = Math.max(most, counted - before);
+      before = counted;
+    }
+    expect(most).toBeLessThan(30);
+    await answer;
+    gateway.end();
+  });
+
   test("of very many ids none is kept for ever: what is told again then counts again", async () => {
     const list = Array.from({ length: 100_001 }, (_, i) => ({ id: `${i % 100_000}`, model: "", usage: inputUsage }));
     using openai = await startOpenAi(events(list));

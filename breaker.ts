@@ -1327,7 +1327,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     /** Gives the JSON of a part of the answer, and counts what it tells; most events of a stream tell nothing. */
     const read = async (part: string) => {
       const isSilent = !part.includes("_tokens") && (told !== null || !part.includes('"model"'));
-      const isMuch = part.length > TURN.bytes || ++parts % (isSilent ? 4096 : 64) === 0;
+      const isMuch = !isSilent || part.length > TURN.bytes || ++parts % 4096 === 0;
       const work = () => (isSilent ? undefined : readJson(part));
       const json = isMuch ? await takeTurn({ work }) : work();
       if (json === undefined) return undefined;
