@@ -4267,6 +4267,42 @@ suite("turns", () => {
     await gateway.stop();
   });
 
+  test.each([
+    ["a long piece", `data: ${"x".repeat(20_000)}`],
+    ["300 events that tell nothing", "data: 1\n\n".repeat(300)],
+  ])("streams that send %s at once are read in turns", async (_, piece) => {
+    const released = Promise.withResolvers<void>();
+    let [waiting, read] = [0, 0];
+    async function* body() {
+      waiting++;
+      await released.promise;
+      yield Buffer.from(piece);
+    }
+    const headers = { "content-type": "text/event-stream" };
+    using _fetch = spyOn(globalThis, "fetch").mockImplementation(
+      Object.assign(async () => new Response(body(), { headers }), { preconnect: fetch.preconnect }),
+    );
+    const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs", "--allowance", "*=1G"]);
+    const gateway = startGateway({ ...world, log: () => void read++ }, watch); // A line is logged at the end of each.
+    const host = `Host: ${new URL(gateway.url).host}`;
+    const answers = Array.from({ length: 50 }, () =>
+      talkHttp(gateway.url, ["GET /v1/responses HTTP/1.1", host, "Connection: close"]),
+    );
+    await until(() => waiting === 50);
+    let ms = performance.now();
+    using _now = spyOn(performance, "now").mockImplementation(() => (ms += 6)); // Two of these fill a turn.
+    released.resolve();
+    let [before, most] = [0, 0];
+    while (read < 50) {
+      await new Promise(setImmediate);
+      [most, before] = [Math.max(most, read - before), read];
+    }
+    expect(most).toBeLessThan(10);
+    await Promise.all(answers);
+    stop.abort();
+    await gateway.stop();
+  });
+
   test.skipIf(!isLinux)("agents that leave in the midst of a long line are let go (Linux)", async () => {
     using account = startAccount(always(FREE));
     await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);

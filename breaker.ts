@@ -1101,7 +1101,7 @@ const MAX_CONNECTIONS = 1024;
 const TURN = { ms: 10, lines: 256, bytes: 64 * 1024 };
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
-/** Makes the turns of who has much to do: some ms of each round of the event loop; all else goes on between. */
+/** Makes the turns of all who have much to do: some ms of each round of the event loop; all else goes on between. */
 function createTurns() {
   let endMs = Infinity;
   return async <T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) => {
@@ -1112,6 +1112,8 @@ function createTurns() {
     return isGone() ? undefined : work();
   };
 }
+
+const takeTurn = createTurns();
 
 interface Peer {
   /** Whether each of its lines is a message of MCP, whether it has sent its last, whether it got its last answer. */
@@ -1156,7 +1158,6 @@ function flush(socket: Socket): boolean {
 function createPump(peers: Set<Socket>, watch: Watch) {
   /** What all share who wait for a look. */
   let resuming: Promise<void> | null = null;
-  const takeTurn = createTurns();
   /** Idle agents leave room for everybody else. */
   const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_CONNECTIONS / 2;
   const held = (all: Socket[]) => all.reduce((sum, { data }) => sum + data.input.length + data.unsent.length, 0);
@@ -1274,7 +1275,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold
   let [seam, pieces] = ["", 0]; // the seam of what is held with what came last, and its pieces: each takes 128 bytes
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   for await (const chunk of body) {
-    if (chunk.length > 16384) await nextTurn(); // Others have their turn, however much has come.
+    if (chunk.length > 16384) await takeTurn({ work: () => {} }); // Others have theirs, however much has come.
     const piece = Buffer.from(chunk).toString("latin1");
     const text: string = (held ?? "") + piece;
     seam = seam.slice(-2) + piece;
@@ -1297,7 +1298,6 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
   let counted = { day: "", ids: new Map<number, number>() };
   let waiting = 0;
   let left = 2 * MAX_HELD_BYTES; // of what may be held of all bodies
-  const takeTurn = createTurns();
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
   const room = Math.max(Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200), 1);
 
@@ -1327,7 +1327,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     /** Gives the JSON of a part of the answer, and counts what it tells; most events of a stream tell nothing. */
     const read = async (part: string) => {
       const isSilent = !part.includes("_tokens") && (told !== null || !part.includes('"model"'));
-      const isMuch = !isSilent || part.length > TURN.bytes || ++parts % 4096 === 0;
+      const isMuch = !isSilent || part.length > TURN.bytes || ++parts % 256 === 0;
       const work = () => (isSilent ? undefined : readJson(part));
       const json = isMuch ? await takeTurn({ work }) : work();
       if (json === undefined) return undefined;
