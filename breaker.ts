@@ -1101,19 +1101,17 @@ const MAX_CONNECTIONS = 1024;
 const TURN = { ms: 10, lines: 256, bytes: 64 * 1024 };
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
-/** Makes the turns of all who have much to do: some ms of each round of the event loop; all else goes on between. */
-function createTurns() {
-  let endMs = Infinity;
-  return async <T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) => {
-    do await nextTurn();
-    while (performance.now() >= endMs && !isGone());
-    if (endMs === Infinity) void nextTurn().then(() => (endMs = Infinity));
-    endMs = Math.min(endMs, performance.now() + TURN.ms);
-    return isGone() ? undefined : work();
-  };
-}
+/** When the turns of this round of the event loop end, ms on the monotonic clock. */
+let turnsEndMs = Infinity;
 
-const takeTurn = createTurns();
+/** Takes a turn, for who has much to do: all of them share some ms of each round, and all else goes on between. */
+async function takeTurn<T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) {
+  do await nextTurn();
+  while (performance.now() >= turnsEndMs && !isGone());
+  if (turnsEndMs === Infinity) void nextTurn().then(() => (turnsEndMs = Infinity));
+  turnsEndMs = Math.min(turnsEndMs, performance.now() + TURN.ms);
+  return isGone() ? undefined : work();
+}
 
 interface Peer {
   /** Whether each of its lines is a message of MCP, whether it has sent its last, whether it got its last answer. */
@@ -1275,7 +1273,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold
   let [seam, pieces] = ["", 0]; // the seam of what is held with what came last, and its pieces: each takes 128 bytes
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   for await (const chunk of body) {
-    if (chunk.length > 16384) await takeTurn({ work: () => {} }); // Others have theirs, however much has come.
+    if (chunk.length > 16384) await takeTurn({ work: () => {} }); // Others have theirs too, however much has come.
     const piece = Buffer.from(chunk).toString("latin1");
     const text: string = (held ?? "") + piece;
     seam = seam.slice(-2) + piece;
