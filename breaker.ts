@@ -1101,16 +1101,17 @@ const MAX_CONNECTIONS = 1024;
 const TURN = { ms: 10, lines: 256, bytes: 64 * 1024 };
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
 
-/** When the turns of this round of the event loop end, ms on the monotonic clock. */
-let turnsEndMs = Infinity;
+/** The turns of all, one after another, and when those of this round of the event loop end, ms on the monotonic clock. */
+let [turns, turnsEndMs]: [Promise<unknown>, number] = [Promise.resolve(), 0];
 
 /** Takes a turn, for who has much to do: all of them share some ms of each round, and all else goes on between. */
-async function takeTurn<T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) {
-  do await nextTurn();
-  while (performance.now() >= turnsEndMs && !isGone());
-  if (turnsEndMs === Infinity) void nextTurn().then(() => (turnsEndMs = Infinity));
-  turnsEndMs = Math.min(turnsEndMs, performance.now() + TURN.ms);
-  return isGone() ? undefined : work();
+function takeTurn<T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) {
+  const turn = turns.then(async () => {
+    if (performance.now() >= turnsEndMs) await nextTurn().then(() => (turnsEndMs = performance.now() + TURN.ms));
+    return isGone() ? undefined : work();
+  });
+  turns = turn.catch(() => {});
+  return turn;
 }
 
 interface Peer {
