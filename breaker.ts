@@ -1312,7 +1312,8 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
 
   /** What is kept of a request until its answer ends, which writes a line to the log. */
   function openRecord({ method, url, headers }: Request) {
-    const [, key = "sk-***"] = /^\S+ +(\S{8,})/.exec(headers.get("authorization") ?? "") ?? [];
+    const given = headers.get("authorization") ?? headers.get("api-key") ?? "";
+    const [, key = "sk-***"] = /^(?:\S+ +)?(\S{8,})/.exec(given) ?? [];
     const beganMs = performance.now();
     let told: Spending | null = null;
     let [held, parts] = [0, 0];
