@@ -251,11 +251,11 @@ type Json = Record<string, unknown>;
 const ListSchema = z.array(z.unknown());
 const RowsSchema = ListSchema.optional();
 
-const MAX_MEMBERS = 200_000; // What has more is not read: 8 MiB of them take a second, and half a gigabyte.
+const MAX_MARKS = 400_000; // What has more is not read: 8 MiB of them take a second, and half a gigabyte.
 
-/** Parses JSON; undefined for a text that is none, or has too many members and lists. */
+/** Parses JSON; undefined for a text that is none, or has too many members, lists and items. */
 function parseJson(text: string): unknown {
-  if (text.length > MAX_MEMBERS && text.split(/[[{:]/, MAX_MEMBERS).length === MAX_MEMBERS) return undefined;
+  if (text.length > MAX_MARKS && text.split(/[[{:,]/, MAX_MARKS).length === MAX_MARKS) return undefined;
   try {
     return JSON.parse(text);
   } catch {
@@ -451,7 +451,7 @@ export type Reading = { asOfMs: number | null; sums: Sums; error: string | null;
 /** A reading at `now` (ms since 1970), under the user's options. */
 export type Moment = { now: number; reading: Reading; options: Options };
 
-export type Self = { startedMs: number; gateway: string | null };
+export type Self = { startedMs: number; gateway: string | null; key?: string };
 
 export const UNSEEN: Reading = { asOfMs: null, sums: {}, error: null, retryAfterMs: 0 };
 
@@ -709,11 +709,10 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
 }
 
 // ── Passing on ──────────────────────────────────────────────────────────────────────────────────
-// What the gateway makes of requests and answers. Bodies are latin1 here, one letter a byte: nothing is cut inside a
-// letter, and what is put together again is the same.
+// What the gateway makes of bodies, which are latin1 here: one letter a byte, so that nothing is cut inside a letter.
 
-/** Finds the complete events of a stream, each with its blank line: in `"data: 1\n\nda"` it is `"data: 1\n\n"`. */
-export const EVENTS = /[^]*?\n\r?\n/gy;
+/** Finds the complete events of a stream with their blank lines, and further ones: `"a\n\n\nb"` → `"a\n\n"`, `"\n"` */
+export const EVENTS = /(\r?\n)+|[^]*?\n\r?\n/gy;
 
 /** The JSON of a body, or of the `data` of an event (no line of JSON begins so); undefined where it holds none. */
 export function readJson(text: string): unknown {
@@ -795,8 +794,10 @@ export interface World extends Surroundings {
 const PATIENCE_MS = 10 * SECOND;
 const MAX_READ_BYTES = 1024 * 1024;
 
+const ADDED = /(\. For more | fetching "|(?<=tunnel: \d+) ).*/s; // By Bun: advice, the account's cursor, a proxy's words.
+
 function messageOf(error: unknown): string {
-  return error instanceof Error ? error.message.replace(/\. For more information, pass .*/, "") : String(error);
+  return error instanceof Error ? error.message.replace(ADDED, "") : String(error);
 }
 
 /** Waits as long as something holds, `limitMs` at most; false where it still holds then. */
@@ -819,8 +820,8 @@ async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
 }
 
 /** The environment of a child: with `extra`, and without the key, by its name or by its value. */
-function childEnv({ OPENAI_ADMIN_KEY, ...env }: Env, extra: Env = {}): Env {
-  const key = OPENAI_ADMIN_KEY?.split("\n", 1).join().trim();
+function childEnv({ env: { OPENAI_ADMIN_KEY, ...env }, self }: Pick<World, "env" | "self">, extra: Env = {}): Env {
+  const key = OPENAI_ADMIN_KEY?.split("\n", 1).join().trim() || self.key;
   return { ...Object.fromEntries(Object.entries(env).filter(([, value]) => !key || !value?.includes(key))), ...extra };
 }
 
@@ -863,10 +864,10 @@ export async function runProgram(argv: string[], { env, signal, input, limitMs =
 }
 
 /** The key: OPENAI_ADMIN_KEY, else the first line of `pass show -- ENTRY`; throws an Error that says what to do. */
-async function readKey({ options: { passEntry: entry, drill }, env, signal }: World): Promise<string> {
+async function readKey({ options: { passEntry: entry, drill }, self, env, signal }: World): Promise<string> {
   if (drill) return "drill";
   const given = env["OPENAI_ADMIN_KEY"];
-  const pass = given ? null : runProgram(["pass", "show", "--", entry], { env: childEnv(env), signal });
+  const pass = given ? null : runProgram(["pass", "show", "--", entry], { env: childEnv({ env, self }), signal });
   const shown = await pass?.catch((error) => ({ code: null, stdout: "", stderr: messageOf(error) }));
   if (shown && shown.code !== 0) {
     const store = `store an admin key with: pass insert ${entry} (or set OPENAI_ADMIN_KEY)`;
@@ -875,7 +876,7 @@ async function readKey({ options: { passEntry: entry, drill }, env, signal }: Wo
     throw new Error(`pass show ${entry} failed, ${cause}; ${advice}`);
   }
   const line = (given || shown?.stdout || "").split("\n", 1).join().trim();
-  if (/^[\x21-\x7e]+$/.test(line) && line !== entry) return line; // Of a folder, pass prints the name and a tree.
+  if (/^[\x21-\x7e]+$/.test(line) && line !== entry) return (self.key = line); // Of a folder, pass prints name and tree.
   const place = given ? "OPENAI_ADMIN_KEY" : `the first line of ${entry} in pass`;
   throw new Error(`${place} does not look like a key; put an admin key there`);
 }
@@ -885,7 +886,6 @@ async function readKey({ options: { passEntry: entry, drill }, env, signal }: Wo
 /** Of every request: nothing is decompressed, followed, printed, or taken from a host that proves no name. */
 const ON_WIRE = { decompress: false, redirect: "manual", verbose: false, tls: { rejectUnauthorized: true } } as const;
 const MAX_PAGES = 20;
-const MAX_CLOCK_SKEW_MS = 10 * MINUTE;
 
 /** A list to read, page by page; `path` has a query. */
 type Endpoint = { what: string; path: string; read: (body: unknown) => Page };
@@ -924,7 +924,7 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
     throw new Error("the answer is compressed, though asked for as it is; check --base-url");
   }
   const date = headers.get("date");
-  if (date !== null && !(Math.abs(Date.parse(date) - now()) <= MAX_CLOCK_SKEW_MS)) {
+  if (date !== null && !(Math.abs(Date.parse(date) - now()) <= 10 * MINUTE)) {
     throw new Error("the answer's Date is more than 10 minutes off; set this machine's clock");
   }
   const bytes = await readAll(response.body ?? new Blob([]).stream());
@@ -1292,7 +1292,7 @@ async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold
 }
 
 /** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
-export function startGateway({ options, env, now, log }: World, watch: Watch) {
+export function startGateway({ options, self, env, now, log }: World, watch: Watch) {
   /** What answers have told today, by id: one that is polled tells it again, a stream may tell it as it grows. */
   let counted = { day: "", ids: new Map<number, number>() };
   let waiting = 0;
@@ -1312,8 +1312,8 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
 
   /** What is kept of a request until its answer ends, which writes a line to the log. */
   function openRecord({ method, url, headers }: Request) {
-    const given = headers.get("authorization") ?? headers.get("api-key") ?? "";
-    const [, key = "sk-***"] = /^(?:\S+ +)?(\S{8,})/.exec(given) ?? [];
+    const words = ["authorization", "api-key", "x-api-key"].flatMap((name) => headers.get(name)?.split(/\s+/, 2) ?? []);
+    const secrets = [...words, self.key ?? ""].filter(({ length }) => length >= 8);
     const beganMs = performance.now();
     let told: Spending | null = null;
     let [held, parts] = [0, 0];
@@ -1339,9 +1339,9 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
     const end = (answer: Response) => {
       const path = URL.canParse(url) ? new URL(url).pathname : "?";
       const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
-      const seconds = ((performance.now() - beganMs) / SECOND).toFixed(2);
+      const line = `${method} ${path} ${answer.status}${spent} ${((performance.now() - beganMs) / SECOND).toFixed(2)} s`;
       hold(0);
-      log(redact(`${method} ${path} ${answer.status}${spent} ${seconds} s`.replaceAll(key, "sk-***")));
+      log(redact(secrets.reduce((text, secret) => text.replaceAll(secret, "sk-***"), line)));
       return answer;
     };
     return { hold, read, end };
@@ -1407,7 +1407,7 @@ export function startGateway({ options, env, now, log }: World, watch: Watch) {
 // ── Effects: hooks ──────────────────────────────────────────────────────────────────────────────
 
 /** Runs what the user wants to be run at a change of the answer; its failure is logged and changes nothing. */
-async function runHook(info: Info, { options, env, signal, log }: World): Promise<void> {
+async function runHook(info: Info, { options, self, env, signal, log }: World): Promise<void> {
   const [name, command] = info.open ? ["--on-trip", options.onTrip] : ["--on-reset", options.onReset];
   if (!command || signal.aborted) return;
   const variables = {
@@ -1416,10 +1416,10 @@ async function runHook(info: Info, { options, env, signal, log }: World): Promis
     BREAKER_MESSAGE: info.message,
     BREAKER_COST: String(info.cost?.total ?? ""),
   };
-  const run = { env: childEnv(env, variables), signal, input: `${JSON.stringify(info)}\n` };
+  const run = { env: childEnv({ env, self }, variables), signal, input: `${JSON.stringify(info)}\n` };
   try {
     const { code, stdout, stderr } = await runProgram(["sh", "-c", command], run);
-    for (const line of `${stdout}\n${stderr}`.split("\n", 1000)) if (line.trim()) log(`${name}: ${redact(line)}`);
+    for (const line of `${stdout}\n${stderr}`.split("\n", 990)) if (line.trim()) log(`${name}: ${redact(line)}`);
     if (code !== 0) log(`${name}: ended with exit code ${code}`);
   } catch (error) {
     log(`${name}: killed, ${messageOf(error)}`);
@@ -1517,7 +1517,7 @@ async function endCommand({ pid, exited }: Bun.Subprocess): Promise<void> {
   await exited;
 }
 
-/** INFO, where the breaker takes this machine for its own, else null; for what nobody waits long. */
+/** INFO, or null where there is none in time. */
 function tryInfo({ options }: World): Promise<Info | null> {
   return askInfo({ ...options, timeoutMs: 0 }).catch(() => null);
 }
@@ -1540,13 +1540,14 @@ async function waitForTrip(world: World): Promise<string | null> {
 
 /** Runs a command while the breaker is closed; gives its exit code, or 75. Throws where at first no breaker answers. */
 async function guard(world: World): Promise<number> {
-  const { options, rest: argv, env, log, signal } = world;
-  const isOpen = await askStatus(options);
-  const info = await tryInfo(world);
-  if (isOpen) {
-    log(`the breaker is open, ${argv[0]} was not started: ${redact(info?.message ?? "TRUE")}`);
+  const { options, rest: argv, self, env, log, signal } = world;
+  if (await askStatus(options)) {
+    log(`the breaker is open, ${argv[0]} was not started: ${redact((await tryInfo(world))?.message ?? "TRUE")}`);
     return EXIT.stopped;
   }
+  // Who cannot be told of a gateway must not go past it; for another machine, there is none.
+  const readNone = (error: unknown) => (/answers "(?!ERR Busy)/.test(messageOf(error)) ? null : Promise.reject(error));
+  const info = await askInfo(options).catch(readNone);
   const given = env["OPENAI_BASE_URL"];
   const gateway = given || !info?.gateway ? {} : { OPENAI_BASE_URL: info.gateway };
   if (given && info?.gateway) log(`OPENAI_BASE_URL is set already, so that the gateway at ${info.gateway} is not used`);
@@ -1557,7 +1558,7 @@ async function guard(world: World): Promise<number> {
     if (!isTyped) child?.kill(name);
   }, signal);
   try {
-    child = Bun.spawn(argv, { env: childEnv(env, gateway), stdio: ["inherit", "inherit", "inherit"] });
+    child = Bun.spawn(argv, { env: childEnv({ env, self }, gateway), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
     return z.object({ code: z.literal("ENOENT") }).safeParse(error).success ? EXIT.notFound : EXIT.notExecutable;
@@ -1689,8 +1690,7 @@ async function check(given: World): Promise<number> {
   if (signal.aborted) throw new Error("The check was interrupted");
   const info = describe({ now: now(), reading, options, ...self });
   await print(options.json ? `${JSON.stringify(info)}\n` : formatCheck(info, { now: now(), isColoured }));
-  if (info.reason === "unknown") return EXIT.unavailable;
-  return info.open ? EXIT.open : EXIT.closed;
+  return info.reason === "unknown" ? EXIT.unavailable : info.open ? EXIT.open : EXIT.closed;
 }
 
 /** MCP on stdin and stdout until the end of input; each call asks the running breaker. */
