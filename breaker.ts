@@ -20,7 +20,7 @@
  * @module
  */
 import { basename } from "node:path";
-import { setImmediate as nextTurn } from "node:timers/promises";
+import { setImmediate as nextRound } from "node:timers/promises";
 import { isatty } from "node:tty";
 import { parseArgs } from "node:util";
 import { z } from "zod@4.6.7";
@@ -887,8 +887,7 @@ async function readKey({ options: { passEntry: entry, drill }, self, env, signal
 const ON_WIRE = { decompress: false, redirect: "manual", verbose: false, tls: { rejectUnauthorized: true } } as const;
 const MAX_PAGES = 20;
 
-/** A list to read, page by page; `path` has a query. */
-type Endpoint = { what: string; path: string; read: (body: unknown) => Page };
+type Endpoint = { what: string; path: string; read: (body: unknown) => Page }; // A list of pages; `path` has a query.
 
 function listEndpoints(options: Options, now: number): Endpoint[] {
   const { yesterday, today, tomorrow } = listDays(now);
@@ -1100,6 +1099,7 @@ const MAX_CONNECTIONS = 1024;
 /** How much is read, or answered, in turns of their own, and what may be held of all peers, unread or unsent. */
 const TURN = { ms: 10, lines: 256, bytes: 64 * 1024 };
 const MAX_HELD_BYTES = 16 * 1024 * 1024;
+const twoRounds = () => nextRound().then(() => nextRound()); // One takes a connection on, the next its question.
 
 /** The turns of all, one after another, and when those of this round of the event loop end, ms on the monotonic clock. */
 let [turns, turnsEndMs]: [Promise<unknown>, number] = [Promise.resolve(), 0];
@@ -1107,7 +1107,7 @@ let [turns, turnsEndMs]: [Promise<unknown>, number] = [Promise.resolve(), 0];
 /** Takes a turn, for who has much to do: all of them share some ms of each round, and all else goes on between. */
 function takeTurn<T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) {
   const turn = turns.then(async () => {
-    if (performance.now() >= turnsEndMs) await nextTurn().then(() => (turnsEndMs = performance.now() + TURN.ms));
+    if (performance.now() >= turnsEndMs) await twoRounds().then(() => (turnsEndMs = performance.now() + TURN.ms));
     return isGone() ? undefined : work();
   });
   turns = turn.catch(() => {});
