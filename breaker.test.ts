@@ -4202,6 +4202,13 @@ suite("the gateway", () => {
     busy.stop(true);
   });
 
+  test("exec starts nothing when the breaker opens between its two questions", async () => {
+    let asked = 0;
+    using breaker = startLiar(() => (asked++ === 0 ? "FALSE\n" : "TRUE\n"));
+    const child = spawnExec(["--port", breaker.port, "--", "echo", "ran"]);
+    expect([await new Response(child.stdout).text(), await child.exited]).toEqual(["", 75]);
+  });
+
   test("the drill shows a program being cut off before any cost", async () => {
     const argv = ["--drill", "--gateway", "0", "--allowance", "drill=1k"];
     await using breaker = await serve(argv);

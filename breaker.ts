@@ -1540,14 +1540,14 @@ async function waitForTrip(world: World): Promise<string | null> {
 
 /** Runs a command while the breaker is closed; gives its exit code, or 75. Throws where at first no breaker answers. */
 async function guard(world: World): Promise<number> {
-  const { options, rest: argv, self, env, log, signal } = world;
+  const { options, rest: argv, env, log, signal } = world;
+  // STATUS has the last word. Who cannot be told of a gateway must not go past it; another machine's is of no use.
+  const readNone = (error: unknown) => (/answers "(?!ERR Busy)/.test(messageOf(error)) ? null : Promise.reject(error));
+  const info = await askInfo(options).catch(readNone);
   if (await askStatus(options)) {
     log(`the breaker is open, ${argv[0]} was not started: ${redact((await tryInfo(world))?.message ?? "TRUE")}`);
     return EXIT.stopped;
   }
-  // Who cannot be told of a gateway must not go past it; for another machine, there is none.
-  const readNone = (error: unknown) => (/answers "(?!ERR Busy)/.test(messageOf(error)) ? null : Promise.reject(error));
-  const info = await askInfo(options).catch(readNone);
   const given = env["OPENAI_BASE_URL"];
   const gateway = given || !info?.gateway ? {} : { OPENAI_BASE_URL: info.gateway };
   if (given && info?.gateway) log(`OPENAI_BASE_URL is set already, so that the gateway at ${info.gateway} is not used`);
@@ -1558,7 +1558,7 @@ async function guard(world: World): Promise<number> {
     if (!isTyped) child?.kill(name);
   }, signal);
   try {
-    child = Bun.spawn(argv, { env: childEnv({ env, self }, gateway), stdio: ["inherit", "inherit", "inherit"] });
+    child = Bun.spawn(argv, { env: childEnv(world, gateway), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
     return z.object({ code: z.literal("ENOENT") }).safeParse(error).success ? EXIT.notFound : EXIT.notExecutable;
