@@ -1527,6 +1527,7 @@ suite("the truth", () => {
     expect([code, out]).toEqual([69, expect.stringContaining("Cannot read the costs: ")]);
     expect(out).not.toContain(KEY);
     expect(out).not.toContain("xxx");
+    expect(out.length).toBeLessThan(1000);
   });
 
   test("a cursor that quotes the key, before a page that is no HTTP, is in no error", async () => {
@@ -3825,7 +3826,7 @@ suite("the gateway", () => {
       most = Math.max(most, counted - before);
       before = counted;
     }
-    expect(most).toBeLessThan(list.length / 2);
+    expect(most).toBeLessThan(list.length / 4);
     expect(await answer).toHaveLength(formatEvents(list).length);
     gateway.end();
   });
@@ -4086,7 +4087,7 @@ suite("the gateway", () => {
     ["api-key", "0123456789abcdef", "0123456789abcdef"],
     ["x-api-key", "0123456789abcdef", "0123456789abcdef"],
   ])("an upstream that echoes the %s %j as %j puts it in no log", async (name, value, key) => {
-    using openai = await startOpenAi((_, response) => json(chat({ model: key }))(_, response));
+    using openai = await startOpenAi(json(chat({ model: key })));
     await using breaker = await serveGateway(openai);
     await (await breaker.post(`/files/${key.slice(0, 16)}`, {}, { headers: { [name]: value } })).text();
     const line = await until(() => breaker.logs.find((text) => text.includes("POST")));
@@ -4184,22 +4185,15 @@ suite("the gateway", () => {
     await using breaker = await serveGateway(openai);
     const info = await breaker.info();
     const lies = JSON.stringify({ ...info, gateway: "http://evil.example/v1" });
-    const answer = (peer: Bun.Socket, text: string) =>
-      void peer.end(text.startsWith("STATUS") ? "FALSE\n" : `${lies}\n`);
-    const socket = { data: (peer: Bun.Socket, chunk: Buffer) => answer(peer, String(chunk)) };
-    const liar = Bun.listen({ hostname: "127.0.0.1", port: 0, socket });
-    const child = spawnExec(["--port", String(liar.port), "--", "sh", "-c", "echo $OPENAI_BASE_URL"]);
+    using liar = startLiar((question) => (question.startsWith("STATUS") ? "FALSE\n" : `${lies}\n`));
+    const child = spawnExec(["--port", liar.port, "--", "sh", "-c", "echo $OPENAI_BASE_URL"]);
     expect(await new Response(child.stdout).text()).toBe("\n");
-    liar.stop(true);
   });
 
   test.each(["", "ERR Busy\n"])("exec does not go past a gateway that it is not told of, by %j", async (info) => {
-    const answer = (peer: Bun.Socket, text: string) => void peer.end(text.startsWith("STATUS") ? "FALSE\n" : info);
-    const socket = { data: (peer: Bun.Socket, chunk: Buffer) => answer(peer, String(chunk)) };
-    const busy = Bun.listen({ hostname: "127.0.0.1", port: 0, socket });
-    const child = spawnExec(["--port", String(busy.port), "--", "echo", "ran"]);
+    using busy = startLiar((question) => (question.startsWith("STATUS") ? "FALSE\n" : info));
+    const child = spawnExec(["--port", busy.port, "--", "echo", "ran"]);
     expect([await new Response(child.stdout).text(), await child.exited]).toEqual(["", 69]);
-    busy.stop(true);
   });
 
   test("exec starts nothing when the breaker opens between its two questions", async () => {
@@ -4318,6 +4312,12 @@ suite("turns", () => {
     return rounds;
   }
 
+  /** Answers the gateway's requests at once: Bun sends them in a thread of its own, which takes any number of rounds. */
+  function answerFetch(answer: (init?: RequestInit) => Response) {
+    const reply = async (_: unknown, init?: RequestInit) => answer(init);
+    return spyOn(globalThis, "fetch").mockImplementation(Object.assign(reply, { preconnect: fetch.preconnect }));
+  }
+
   test("nobody waits for his turn behind agents that have left", async () => {
     const { world, watch, stop } = prepareWorld(["--host", "127.0.0.1", "--port", "0"]);
     const server = startServer(world, watch);
@@ -4328,10 +4328,7 @@ suite("turns", () => {
   });
 
   test("nobody waits for his turn behind programs that have left the gateway", async () => {
-    // Answered at once, since Bun sends requests in a thread of its own, which takes any number of rounds.
-    using _fetch = spyOn(globalThis, "fetch").mockImplementation(
-      Object.assign(async () => new Response("{}"), { preconnect: fetch.preconnect }),
-    );
+    using _fetch = answerFetch(() => new Response("{}"));
     const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs", "--allowance", "*=1G"]);
     const gateway = startGateway(world, watch);
     const { port, host } = new URL(gateway.url);
@@ -4354,9 +4351,7 @@ suite("turns", () => {
       yield Buffer.from(piece);
     }
     const headers = { "content-type": "text/event-stream" };
-    using _fetch = spyOn(globalThis, "fetch").mockImplementation(
-      Object.assign(async () => new Response(body(), { headers }), { preconnect: fetch.preconnect }),
-    );
+    using _fetch = answerFetch(() => new Response(body(), { headers }));
     const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs", "--allowance", "*=1G"]);
     const gateway = startGateway({ ...world, log: () => void read++ }, watch); // A line is logged at the end of each.
     const host = `Host: ${new URL(gateway.url).host}`;
@@ -4365,7 +4360,7 @@ suite("turns", () => {
     );
     await until(() => waiting === 50);
     let ms = performance.now();
-    const now = spyOn(performance, "now").mockImplementation(() => ++ms); // Ten of these fill a round.
+    const now = spyOn(performance, "now").mockImplementation(() => (ms += 2)); // Five of these fill a round.
     released.resolve();
     let [before, most] = [0, 0];
     while (read < 50) {
@@ -4373,9 +4368,9 @@ suite("turns", () => {
       [most, before] = [Math.max(most, read - before), read];
     }
     now.mockRestore();
-    expect(most).toBeLessThan(20);
+    expect(most).toBeLessThan(10);
     await Promise.all(answers);
-    await until(() => performance.now() > ms);
+    await until(() => performance.now() > ms); // By it, a round of turns may still go on.
     stop.abort();
     await gateway.stop();
   });
@@ -4387,10 +4382,7 @@ suite("turns", () => {
       yield Buffer.from(formatEvents(all));
     }
     const headers = { "content-type": "text/event-stream" };
-    const answer = async (_: unknown, init?: RequestInit) => new Response(init?.body ? "{}" : body(), { headers });
-    using _fetch = spyOn(globalThis, "fetch").mockImplementation(
-      Object.assign(answer, { preconnect: fetch.preconnect }),
-    );
+    using _fetch = answerFetch((init) => new Response(init?.body ? "{}" : body(), { headers }));
     const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs", "--allowance", "*=1G"]);
     const count = () => {
       counted++;

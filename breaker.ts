@@ -451,7 +451,7 @@ export type Reading = { asOfMs: number | null; sums: Sums; error: string | null;
 /** A reading at `now` (ms since 1970), under the user's options. */
 export type Moment = { now: number; reading: Reading; options: Options };
 
-export type Self = { startedMs: number; gateway: string | null; key?: string };
+export type Self = { startedMs: number; gateway: string | null; key?: string }; // The key, to keep it out of the log.
 
 export const UNSEEN: Reading = { asOfMs: null, sums: {}, error: null, retryAfterMs: 0 };
 
@@ -1313,7 +1313,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   /** What is kept of a request until its answer ends, which writes a line to the log. */
   function openRecord({ method, url, headers }: Request) {
     const words = ["authorization", "api-key", "x-api-key"].flatMap((name) => headers.get(name)?.split(/\s+/, 2) ?? []);
-    const secrets = [...words, self.key ?? ""].filter(({ length }) => length >= 8);
+    const secrets = [...words, self.key ?? ""].filter(({ length }) => length >= 8); // An upstream may name one.
     const beganMs = performance.now();
     let told: Spending | null = null;
     let [held, parts] = [0, 0];
@@ -1740,7 +1740,7 @@ if (import.meta.main) {
   let waiting = 0;
   /** Never waits for what it writes: the disk may be full, the reader asleep. */
   async function write(text: string): Promise<void> {
-    if (waiting++ >= 1000) return void waiting--;
+    if (waiting++ >= 1000) return void waiting--; // A hook has 990 lines at once.
     try {
       stderr.write(text);
       await stderr.flush();
