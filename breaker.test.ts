@@ -392,14 +392,13 @@ function talk(
 }
 
 /** What a server needs that runs in this process, and ends by `stop`. */
-function prepareWorld(argv: string[]) {
+function prepareWorld(argv: string[], { now = Date.now, look = async () => ({ ...UNSEEN, asOfMs: now() }) } = {}) {
   const stop = new AbortController();
   const world: World = {
-    ...surround(),
+    ...surround({ now }),
     options: optionsOf(...argv),
     ...{ rest: [], self: { startedMs: 0, gateway: null }, stop: () => stop.abort(), signal: stop.signal },
   };
-  const look = async () => ({ ...UNSEEN, asOfMs: Date.now() });
   const watch = startWatch(world, { look, onAnswer: () => {} });
   watch.hurry();
   return { world, watch, stop };
@@ -723,6 +722,10 @@ test.each([
   expect(redact(text)).toBe(expected);
 });
 
+test("a secret is redacted also where letters that are not seen stand within it", () => {
+  expect(redact("of the model a\u200bb\ufeffc\u00adde", ["abcd"])).toBe("of the model sk-***");
+});
+
 const digits = "1".repeat(2 ** 20);
 const blanks = " ".repeat(2 ** 20);
 const start_time = Date.parse("2026-11-22") / 1000;
@@ -730,6 +733,7 @@ const rows = (results: unknown[]) => readPage(page([{ start_time, results }]), C
 const listMembers = (length: number) => `{${Array.from({ length }, (_, i) => `"x${i}":0`).join(",")}}`;
 const [members, allMembers] = [listMembers(100_000), listMembers(700_000)];
 const allItems = JSON.stringify(Array.from({ length: 1_000_000 }, (_, i) => i.toString(36)));
+const deepWish = `{"stream":true,"x":{"stream_options":null},"stream_options":{"x":${"[".repeat(50_000)}${"]".repeat(50_000)}}}`;
 const models = Array.from({ length: 21_000 }, (_, i) => ({ day: "2026-11-22", amount: 1, model: `x${i}` }));
 const manyGlobs = optionsOf(
   "--source",
@@ -757,6 +761,7 @@ const hostile: [string, () => unknown][] = [
     "items in a wish of a stream",
     () => askForUsage(`{"stream":true,"x":{"stream_options":{}},"stream_options":{"x":${allItems}}}`),
   ],
+  ["lists in lists in a wish of a stream", () => askForUsage(deepWish)],
   ["names in Connection", () => passHeaders(crowd)],
   ["events, to find the first,", () => "a\n\n".repeat(2_700_000).matchAll(EVENTS).next()],
   ["models for 50 globs", () => addEntries({}, models, { now: 0, options: manyGlobs })],
@@ -1157,6 +1162,7 @@ const truths: [string, Respond, Verdict, string?][] = [
     pages(http(page([bucket(1)], "1")), http(page([bucket(0)], "2")), http(page([]))),
     "FALSE none",
   ],
+  ["an Age of 60 s", always(http(page([]), { headers: { Age: "60" } })), "FALSE none"],
   ["a Date 9 minutes off", always(http(page([]), dated(9 * 60_000))), "FALSE none"],
   ["a cost today", body([bucket(0, 0.01)]), "TRUE cost"],
   ["a cost yesterday", body([bucket(1, 0.01), bucket(0, 0)]), "TRUE cost"],
@@ -1257,6 +1263,8 @@ const truths: [string, Respond, Verdict, string?][] = [
   ["status 500 with a good body", always(http(page([]), { status: 500 })), "TRUE unknown"],
   ["a redirect", always(http("", { status: 302, headers: { Location: "http://127.0.0.1:1/" } })), "TRUE unknown"],
   ["a Date 11 minutes ahead", always(http(page([]), dated(11 * 60_000))), "TRUE unknown"],
+  ["an Age of 61 s", always(http(page([]), { headers: { Age: "61" } })), "TRUE unknown"],
+  ["an Age that is no number", always(http(page([]), { headers: { Age: "0, 86400" } })), "TRUE unknown"],
   ["a Date 11 minutes behind", always(http(page([]), dated(-11 * 60_000))), "TRUE unknown"],
   ["a Date that is none", always(http(page([]), { headers: { Date: "yesterday" } })), "TRUE unknown"],
   ["a body of 2 MiB", always(http(`${big}${" ".repeat(2 ** 21)}}`)), "TRUE unknown"],
@@ -1675,6 +1683,21 @@ suite("the watch", () => {
     expect(await done).toBe(0);
   });
 
+  test("what was seen with another key says nothing of the account of a new one", async () => {
+    const file = join(makeFolder(), "key");
+    writeFileSync(file, KEY);
+    using account = startAccount(({ headers }) =>
+      headers.get("authorization") === `Bearer ${KEY}` ? FREE : http("", { status: 500 }),
+    );
+    const env = { OPENAI_ADMIN_KEY: "", ...makePass(`cat ${file}`) };
+    await using breaker = await serve(["--base-url", account.base, "--source", "costs"], { env });
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    writeFileSync(file, "sk-admin-another");
+    process.emit("SIGHUP");
+    await until(async () => (await breaker.info()).error);
+    expect(await breaker.info()).toMatchObject({ open: true, reason: "unknown", asOf: null });
+  });
+
   test("Retry-After is honoured", async () => {
     using account = startAccount(always(http("", { status: 429, headers: { "Retry-After": "30" } })));
     await using breaker = await serve(["--base-url", account.base, ...quick]);
@@ -1707,6 +1730,22 @@ suite("the watch", () => {
     expect(await breaker.info()).toMatchObject({ reason: "unknown", asOf: null });
     [offsetMs, answer] = [-22_000, FREE];
     await until(async () => (await breaker.ask("STATUS")) === "FALSE");
+  });
+
+  test("a look that began while the clock was wrong counts for nothing", async () => {
+    let [offsetMs, looks] = [0, 0];
+    const now = () => Date.now() + offsetMs;
+    const look = async () => {
+      const asOfMs = now();
+      offsetMs = 0;
+      return { ...UNSEEN, asOfMs, error: looks++ === 0 ? null : "it failed" };
+    };
+    const { watch, stop } = prepareWorld(["--source", "costs"], { now, look });
+    offsetMs = 5 * 60_000; // Nobody has noticed it yet when the look begins.
+    await until(() => looks > 0);
+    await watch.whenSettled();
+    expect(watch.describe()).toMatchObject({ open: true, reason: "unknown", asOf: null });
+    stop.abort();
   });
 
   test("that the clock counts whole milliseconds is no jump, however short --max-age is", async () => {
@@ -2215,8 +2254,10 @@ suite("commands", () => {
     expect(said.err).toContain('answers "+PONG"; expected TRUE or FALSE');
     using mute = startLiar("");
     expect((await run(["status", "--port", mute.port])).err).toContain("closed without an answer");
-    using endless = startLiar("x".repeat(3_000_000));
-    expect((await run(["status", "--port", endless.port])).code).toBe(69);
+    for (const text of ["x".repeat(3_000_000), `FALSE${"\n".repeat(3_000_000)}`]) {
+      using endless = startLiar(text);
+      expect((await run(["status", "--port", endless.port])).code).toBe(69);
+    }
   });
 
   test("stop ends a breaker, and nothing that is none", async () => {
@@ -3239,6 +3280,8 @@ suite("passing on", () => {
       "event: x\ndata: 3\n\n",
     ]);
     expect(cut("data: 1\n\n\n\r\ndata: 2\n\ndata")).toEqual(["data: 1\n\n", "\n\r\n", "data: 2\n\n"]);
+    expect(cut("\r\r\ndata: 1\n\n")).toEqual(["\r\r\n", "data: 1\n\n"]);
+    expect(cut(`${"\n".repeat(2 ** 22)}data: 1\n\n`).length).toBe(2);
     for (let at = 0; at <= stream.length; at++) {
       const first = cut(stream.slice(0, at));
       const second = cut(stream.slice(first.join("").length));
@@ -3301,6 +3344,8 @@ suite("passing on", () => {
     ["the event response.completed", { type: "response.completed", response: response() }, [120, MODEL]],
     ["the event response.incomplete", { type: "response.incomplete", response: response() }, [120, MODEL]],
     ["the event response.created", { type: "response.created", response: response({ usage: null }) }, [null, MODEL]],
+    ["a compaction", response({ object: "response.compaction", model: undefined }), [120, "compaction"]],
+    ["a step of a run", response({ object: "thread.run.step", model: undefined }), null],
     ["a queued response", response({ status: "queued", usage: null }), [null, MODEL]],
     [
       "an assistant's run",
@@ -4079,6 +4124,23 @@ suite("the gateway", () => {
     expect(await breaker.used()).toBe(0);
   });
 
+  test.each(["a client that leaves", "an upstream that dies"])("%s once all has come is counted", async (who) => {
+    let die = () => {};
+    using openai = await startOpenAi((_, response) => {
+      die = () => response.destroy();
+      response.writeHead(200, { "content-type": "application/json" }).write(JSON.stringify(chat())); // It has no end.
+    });
+    await using breaker = await serveGateway(openai);
+    const leaving = new AbortController();
+    const answer = await breaker.post("/chat/completions", {}, { signal: leaving.signal });
+    await answer.body?.getReader().read();
+    if (who === "a client that leaves") leaving.abort();
+    else die();
+    const line = await until(() => breaker.logs.find((text) => text.includes("/chat/completions")));
+    expect(line).toContain(`POST /v1/chat/completions 200 ${MODEL} 120 tokens`);
+    expect(await breaker.used()).toBe(120);
+  });
+
   test.each([
     ["authorization", "Bearer 0123456789abcdef", "0123456789abcdef"],
     ["authorization", "Bearer sk-clientsk-client", "sk-client\u200bsk-client"],
@@ -4097,7 +4159,7 @@ suite("the gateway", () => {
 
   test("an upstream that echoes the breaker's own key puts it in no log, whatever it begins with", async () => {
     const key = "relay-0123456789";
-    using openai = await startOpenAi(json(chat({ model: key })));
+    using openai = await startOpenAi(json(chat({ model: "relay-\u200b0123456789" })));
     const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0"];
     await using breaker = await serve(argv, { env: { OPENAI_ADMIN_KEY: key } });
     const { gateway } = await breaker.info();
@@ -4533,14 +4595,15 @@ suite("slowly", () => {
   );
 
   test.concurrent(
-    "a stream that is silent for longer than any limit of 10 s is not cut",
+    "a stream that is silent for longer than any limit of 10 s is not cut, nor by Bun's own",
     async () => {
       using openai = await startOpenAi((_, response) => {
         response.writeHead(200, { "content-type": "text/event-stream" }).write("data: 1\n\n");
         setTimeout(() => response.end("data: 2\n\n"), 12_000);
       });
       const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0"];
-      await using breaker = await spawnBreaker(argv, withKey);
+      const env = { ...withKey.env, BUN_CONFIG_HTTP_IDLE_TIMEOUT: "1" }; // It is six minutes.
+      await using breaker = await spawnBreaker(argv, { env });
       const { gateway } = await breaker.info();
       expect(await (await fetch(`${gateway}/responses`, { method: "POST" })).text()).toBe("data: 1\n\ndata: 2\n\n");
     },

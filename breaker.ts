@@ -16,7 +16,6 @@
  *     It never says FALSE without having seen, recently and completely, that nothing was spent.
  *
  * It reads from top to bottom, first what is pure; importing it does nothing. The project's README.md says the rest.
- *
  * @module
  */
 import { basename } from "node:path";
@@ -325,8 +324,10 @@ const tokenSum = z.union([InputSchema, PromptSchema]).transform(addUp).nullable(
 const moment = z.number().min(1e9).max(1e10).optional().catch(undefined);
 /** The shape that the Usage API counts as completions: whose tokens, how many (null: not told), made when. */
 const SpentSchema = z.object({ id: str, model: modelName, usage: tokenSum, created: moment, created_at: moment });
+const nameless = { object: z.literal("response.compaction"), model: modelName.default("compaction") };
+const ResponseEventSchema = z.object({ response: SpentSchema }).transform(({ response }) => response);
 /** What an answer, or an event of one, tells of the tokens that it has spent. */
-export const AnswerSchema = SpentSchema.or(z.object({ response: SpentSchema }).transform(({ response }) => response));
+export const AnswerSchema = z.union([SpentSchema, SpentSchema.extend(nameless), ResponseEventSchema]);
 type Spending = z.output<typeof AnswerSchema>;
 
 /** The one event that a chat stream adds when it is asked for its usage. */
@@ -373,10 +374,11 @@ export function computeBackoff(failures: number, waits: Record<"intervalMs" | "r
   return Math.max(Math.min(first * 2 ** (failures - 1), 5 * MINUTE), waits.retryAfterMs);
 }
 
-/** Makes text from outside fit for a log line: no control characters, no key, at most 300 characters. */
-export function redact(text: string): string {
+/** Makes text from outside fit for a log line: no control characters, no key, no secret, at most 300 characters. */
+export function redact(text: string, secrets: string[] = []): string {
   const visible = text.slice(0, 2000).replace(/\p{Cf}/gu, "");
-  const clean = visible.replace(/[\p{Cc}\u2028\u2029]+/gu, " ").replace(/\bsk-\S+|sk-\S{20,}/g, "sk-***");
+  const known = secrets.reduce((rest, secret) => rest.replaceAll(secret, "sk-***"), visible);
+  const clean = known.replace(/[\p{Cc}\u2028\u2029]+/gu, " ").replace(/\bsk-\S+|sk-\S{20,}/g, "sk-***");
   return clean.length > 300 ? `${clean.slice(0, 300)}…` : clean;
 }
 
@@ -712,7 +714,7 @@ function readRequest(id: Id, call: { method: string; params: Json; modern: boole
 // What the gateway makes of bodies, which are latin1 here: one letter a byte, so that nothing is cut inside a letter.
 
 /** Finds the complete events of a stream with their blank lines, and further ones: `"a\n\n\nb"` → `"a\n\n"`, `"\n"` */
-export const EVENTS = /(\r?\n)+|[^]*?\n\r?\n/gy;
+export const EVENTS = /[\r\n]*\n|[^]*?\n\r?\n/gy;
 
 /** The JSON of a body, or of the `data` of an event (no line of JSON begins so); undefined where it holds none. */
 export function readJson(text: string): unknown {
@@ -728,9 +730,9 @@ export function askForUsage(body: string): string | null {
   const read = (text: string) => StreamRequestSchema.safeParse(parseJson(text)).data;
   const request = read(body);
   if (!request || request.stream_options?.["include_usage"]) return null;
-  const formatWish = () => `"stream_options":${JSON.stringify({ ...request.stream_options, include_usage: true })}`;
-  if (request.stream_options === undefined) return body.replace("{", () => `{${formatWish()},`);
-  const spliced = body.replace(/"stream_options"\s*:\s*(null|\{[^{}\\]{0,999}\})/, formatWish);
+  const wish = (old: unknown) => `"stream_options":${JSON.stringify(Object.assign({}, old, { include_usage: true }))}`;
+  if (request.stream_options === undefined) return body.replace("{", () => `{${wish(null)},`);
+  const spliced = body.replace(/"stream_options"\s*:\s*(null|\{[^{}\\]{0,999}\})/, (_, old) => wish(parseJson(old)));
   return read(spliced)?.stream_options?.["include_usage"] ? spliced : null;
 }
 
@@ -926,6 +928,7 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
   if (date !== null && !(Math.abs(Date.parse(date) - now()) <= 10 * MINUTE)) {
     throw new Error("the answer's Date is more than 10 minutes off; set this machine's clock");
   }
+  if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
   const bytes = await readAll(response.body ?? new Blob([]).stream());
   const body = parseJson(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
   if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
@@ -958,7 +961,7 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
 
   async function request(path: string, { secret, look }: { secret: string | void; look: Reading }): Promise<unknown> {
     const asked = fetch(`${options.baseUrl}${path}`, {
-      headers: { authorization: `Bearer ${secret}`, "accept-encoding": "identity" },
+      headers: { authorization: `Bearer ${secret}`, "accept-encoding": "identity", "cache-control": "no-cache" },
       ...ON_WIRE,
       keepalive: false,
       signal: AbortSignal.any([signal, AbortSignal.timeout(options.timeoutMs)]),
@@ -1052,13 +1055,14 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
 
   async function keepLooking(): Promise<void> {
     for (let failures = 0; ;) {
-      await alarm.promise;
+      await alarm.promise.then(noticeJump);
       if (signal.aborted) return;
       alarm = Promise.withResolvers();
-      const beganLeadMs = leadMs;
+      const before = { leadMs, key: self.key };
       const found = await look((seen) => learn({ ...reading, sums: raiseSums(reading.sums, seen) }));
       noticeJump();
-      if (leadMs === beganLeadMs) {
+      if (self.key !== before.key) learn({ ...reading, asOfMs: null }); // It may be another account's.
+      if (leadMs === before.leadMs) {
         learn(mergeLook(reading, found));
         hasLooked = true;
         wait?.resolve();
@@ -1126,10 +1130,8 @@ interface Peer {
   deadlineMs: number;
 }
 
-type Socket = Bun.Socket<Peer>;
-
 /** What a peer asks next, and what it has sent behind that; null where that is not known yet. */
-function readQuestion(socket: Socket, { isCrowded }: { isCrowded: () => boolean }) {
+function readQuestion(socket: Bun.Socket<Peer>, { isCrowded }: { isCrowded: () => boolean }) {
   const { isDone, input, ended } = socket.data;
   const isMcp = socket.data.isMcp || beginsMcp(input);
   if (isDone || (input.length === 0 && (isMcp || !ended))) return null;
@@ -1145,7 +1147,7 @@ function readQuestion(socket: Socket, { isCrowded }: { isCrowded: () => boolean 
 }
 
 /** Hands the socket what it takes of all that is unsent; true where nothing is left. */
-function flush(socket: Socket): boolean {
+function flush(socket: Bun.Socket<Peer>): boolean {
   const peer = socket.data;
   const taken = peer.unsent.length > 0 ? Math.max(socket.write(peer.unsent), 0) : 0;
   if (taken > 0 || peer.deadlineMs === Infinity) peer.deadlineMs = performance.now() + PATIENCE_MS;
@@ -1154,12 +1156,12 @@ function flush(socket: Socket): boolean {
 }
 
 /** Makes the function that does all that can be done for a peer now. */
-function createPump(peers: Set<Socket>, watch: Watch) {
+function createPump(peers: Set<Bun.Socket<Peer>>, watch: Watch) {
   /** What all share who wait for a look. */
   let resuming: Promise<void> | null = null;
   /** Idle agents leave room for everybody else. */
   const isCrowded = () => [...peers].filter(({ data }) => data.isMcp).length >= MAX_CONNECTIONS / 2;
-  const held = (all: Socket[]) => all.reduce((sum, { data }) => sum + data.input.length + data.unsent.length, 0);
+  const held = (all: { data: Peer }[]) => all.reduce((n, { data }) => n + data.input.length + data.unsent.length, 0);
 
   const resumeAll = () => {
     resuming = null;
@@ -1167,7 +1169,7 @@ function createPump(peers: Set<Socket>, watch: Watch) {
   };
 
   /** Answers what a peer asks; tells what its next line waits for where one is left unread. */
-  function answer(socket: Socket, { hasTurn }: { hasTurn: boolean }): "look" | "turn" | null {
+  function answer(socket: Bun.Socket<Peer>, { hasTurn }: { hasTurn: boolean }): "look" | "turn" | null {
     const peer = socket.data;
     const mayRead = hasTurn || peer.input.length * peers.size <= MAX_MCP_LINE_BYTES;
     let replies = "";
@@ -1188,7 +1190,7 @@ function createPump(peers: Set<Socket>, watch: Watch) {
     return waitsFor;
   }
 
-  function pump(socket: Socket, hasTurn = false): void {
+  function pump(socket: Bun.Socket<Peer>, hasTurn = false): void {
     const peer = socket.data;
     const waitsFor = flush(socket) ? answer(socket, { hasTurn }) : null;
     // A copy, so that what was read before it is freed.
@@ -1213,7 +1215,7 @@ function createPump(peers: Set<Socket>, watch: Watch) {
 
 /** Answers questions over TCP. Throws an Error where it cannot listen. */
 export function startServer({ options: { host, port } }: World, watch: Watch) {
-  const peers = new Set<Socket>();
+  const peers = new Set<Bun.Socket<Peer>>();
   const pump = createPump(peers, watch);
   const listener = Bun.listen<Peer>({
     hostname: host,
@@ -1265,30 +1267,38 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 
 const MAX_IDS = 100_000; // So many take 10 MiB; all are forgotten then, and an answer that is polled counts again.
 
-type Relay = { isEvents: boolean; isAsked: boolean; hold(size: number): boolean; read(part: string): Promise<unknown> };
+type Recorder = { hold(size: number): boolean; read(part: string): Promise<unknown>; end(answer: Response): Response };
 
-/** Passes a body on as it comes, less the event that was asked for; what is too long to be held passes unread. */
-async function* relay(body: AsyncIterable<Uint8Array>, { isEvents, isAsked, hold, read }: Relay) {
-  /** What has come of an event, or of the whole; null in the midst of what is too long. */
-  let held: string | null = "";
-  let [seam, pieces] = ["", 0]; // the seam of what is held with what came last, and its pieces: each takes 128 bytes
+/** Passes an answer on as it comes, less the event that was asked for; what is too long to be held passes unread. */
+async function* relay(answer: Response, { isAsking, hold, read, end }: Recorder & { isAsking: boolean }) {
+  const isReadable = answer.ok && (answer.headers.get("content-encoding") ?? "identity") === "identity";
+  const type = (isReadable && answer.headers.get("content-type")) || "";
+  const isEvents = /^text\/event-stream/i.test(type);
+  const isAsked = isAsking && isEvents;
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
-  for await (const chunk of body) {
-    if (chunk.length > 16384) await takeTurn({ work: () => {} }); // Others have theirs too, however much has come.
-    const piece = Buffer.from(chunk).toString("latin1");
-    const text: string = (held ?? "") + piece;
-    seam = seam.slice(-2) + piece;
-    let [shown, from, at] = ["", 0, 0];
-    for (const [event] of isEvents && /\n\r?\n/.test(seam) ? text.matchAll(EVENTS) : []) {
-      if (isUsage(await read(event))) [shown, from] = [shown + text.slice(from, at), at + event.length];
-      [at, pieces] = [at + event.length, 0];
+  /** What has come of an event, or of the whole; null in the midst of what is too long. */
+  let held: string | null = isEvents || /^application\/json/i.test(type) ? "" : null;
+  let [seam, pieces] = ["", 0]; // the seam of what is held with what came last, and its pieces: each takes 128 bytes
+  try {
+    for await (const chunk of answer.body ?? []) {
+      if (chunk.length > 16384) await takeTurn({ work: () => {} }); // Others have theirs too, however much has come.
+      const piece = Buffer.from(chunk).toString("latin1");
+      const text: string = (held ?? "") + piece;
+      seam = seam.slice(-2) + piece;
+      let [shown, from, at] = ["", 0, 0];
+      for (const [event] of isEvents && /\n\r?\n/.test(seam) ? text.matchAll(EVENTS) : []) {
+        if (isUsage(await read(event))) [shown, from] = [shown + text.slice(from, at), at + event.length];
+        [at, pieces] = [at + event.length, 0];
+      }
+      const rest = text.slice(at);
+      held = (held !== null || at > 0) && hold(rest.length + 128 * ++pieces) ? rest : null;
+      yield isAsked ? Buffer.from(shown + text.slice(from, held === null ? undefined : at), "latin1") : chunk;
     }
-    const rest = text.slice(at);
-    held = (held !== null || at > 0) && hold(rest.length + 128 * ++pieces) ? rest : null;
-    const isWhole = held === null && rest.length === chunk.length;
-    yield isAsked && !isWhole ? Buffer.from(shown + text.slice(from, held === null ? undefined : at), "latin1") : chunk;
+  } finally {
+    if (isUsage(await read(held ?? ""))) held = null; // It counts even where its end has never come.
+    end(answer);
   }
-  if (!isUsage(await read(held ?? "")) && isAsked) yield Buffer.from(held ?? "", "latin1");
+  if (isAsked) yield Buffer.from(held ?? "", "latin1");
 }
 
 /** Listens for HTTP on loopback, and passes requests on while the breaker is closed. Throws where it cannot listen. */
@@ -1311,7 +1321,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   }
 
   /** What is kept of a request until its answer ends, which writes a line to the log. */
-  function openRecord({ method, url, headers }: Request) {
+  function createRecorder({ method, url, headers }: Request): Recorder {
     const words = ["authorization", "api-key", "x-api-key"].flatMap((name) => headers.get(name)?.split(/\s+/, 2) ?? []);
     const secrets = [...words, self.key ?? ""].filter(({ length }) => length >= 8); // An upstream may name one.
     const beganMs = performance.now();
@@ -1341,14 +1351,14 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
       const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
       const line = `${method} ${path} ${answer.status}${spent} ${((performance.now() - beganMs) / SECOND).toFixed(2)} s`;
       hold(0);
-      log(redact(secrets.reduce((text, secret) => text.replaceAll(secret, "sk-***"), line)));
+      log(redact(line, secrets));
       return answer;
     };
     return { hold, read, end };
   }
 
   /** What to send on of a request, once it can be decided on, and whether that asks for the usage of a stream. */
-  async function prepareBody(request: Request, { hold }: Pick<Relay, "hold">) {
+  async function prepareBody(request: Request, { hold }: Pick<Recorder, "hold">) {
     const isGone = () => request.signal.aborted;
     await waitWhile(() => watch.whenSettled() !== null && !isGone());
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
@@ -1361,31 +1371,22 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   }
 
   /** Sends a request on where it may pass, and gives its answer while that comes. */
-  async function pass(request: Request, { hold, read, end }: ReturnType<typeof openRecord>): Promise<Response> {
+  async function pass(request: Request, recorder: Recorder): Promise<Response> {
     const refusal = screen(request, server.port ?? 0);
-    if (refusal) return end(refusal);
+    if (refusal) return recorder.end(refusal);
     waiting++;
-    const { body, isAsking } = await prepareBody(request, { hold }).finally(() => waiting--);
+    const { body, isAsking } = await prepareBody(request, recorder).finally(() => waiting--);
     // Only now: while a body came, or waited for others, the breaker may have tripped.
     const { open, message } = watch.describe();
-    if (open) return end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
+    if (open) return recorder.end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
     const to = request.url.replace(/^http:\/\/[^/]*\/v1/, () => options.baseUrl);
     const headers = passHeaders(request.headers);
     headers.set("accept-encoding", "identity");
-    const answer = await fetch(to, { method: request.method, headers, body, signal: request.signal, ...ON_WIRE });
-    const type = answer.headers.get("content-type") ?? "";
-    const isEvents = /^text\/event-stream/i.test(type);
-    const isPlain = (answer.headers.get("content-encoding") ?? "identity") === "identity";
-    const isRead = answer.ok && isPlain && (isEvents || /^application\/json/i.test(type));
-    async function* comeIn(body: AsyncIterable<Uint8Array>) {
-      try {
-        yield* isRead ? relay(body, { isEvents, isAsked: isAsking && isEvents, hold, read }) : body;
-      } finally {
-        end(answer);
-      }
-    }
+    const { method, signal } = request; // Bun's own timeout would end what is silent for six minutes.
+    const answer = await fetch(to, { ...ON_WIRE, method, headers, body, signal, timeout: false });
     const head = { status: answer.status, statusText: answer.statusText, headers: passHeaders(answer.headers) };
-    return answer.body ? new Response(comeIn(answer.body), head) : end(new Response(null, head));
+    if (!answer.body) return recorder.end(new Response(null, head));
+    return new Response(relay(answer, { isAsking, ...recorder }), head);
   }
 
   const server = Bun.serve({
@@ -1396,9 +1397,9 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     maxRequestBodySize: Number.MAX_SAFE_INTEGER,
     fetch(request) {
       server.timeout(request, 0); // A model may think for minutes; who sends no request is cut off.
-      const record = openRecord(request);
+      const recorder = createRecorder(request);
       const fail = (error: unknown) => refuse("upstream_failed", `Cannot reach the API: ${redact(messageOf(error))}`);
-      return pass(request, record).catch((error) => record.end(fail(error)));
+      return pass(request, recorder).catch((error) => recorder.end(fail(error)));
     },
   });
   return { url: `http://127.0.0.1:${server.port}/v1`, stop: () => server.stop(true) };
@@ -1441,7 +1442,7 @@ export async function ask(question: string, { host, port, timeoutMs }: Address):
   let text = "";
   try {
     socket.write(`${question}\n`);
-    for await (const piece of socket) if ((text += piece).length > MAX_READ_BYTES) break;
+    for await (const piece of socket) if ((text += piece).length > MAX_READ_BYTES) throw new Error("it is over 1 MiB");
     if (!text.endsWith("\n")) throw new Error("the connection closed without an answer");
     return text.trimEnd();
   } catch (error) {
@@ -1651,7 +1652,6 @@ async function serve(given: World): Promise<number> {
   }, signal);
   log(`breaker ${VERSION} listens on ${options.host}:${server.port}, looks at ${resolveSource(options)}`);
   if (gateway) log(`the gateway is ${gateway.url}`);
-  if (options.maxAgeMs < options.intervalMs) log("--max-age is below --interval: between looks the state is unknown");
   const ticker = setInterval(() => [watch, server].forEach((each) => each.tick()), SECOND);
   watch.hurry();
   await new Promise((resolve) => signal.addEventListener("abort", resolve));
