@@ -3499,6 +3499,23 @@ suite("the gateway", () => {
   const counted: [string, string, object, Reply, number][] = [
     ["a chat", "/chat/completions", {}, json(chat()), 120],
     [
+      "an answer whose encoding is Identity",
+      "/responses",
+      {},
+      (_, res) =>
+        res
+          .writeHead(200, { "content-type": "application/json", "content-encoding": "Identity" })
+          .end(JSON.stringify(response())),
+      120,
+    ],
+    [
+      "a compaction",
+      "/responses/compact",
+      {},
+      json(response({ object: "response.compaction", model: undefined })),
+      120,
+    ],
+    [
       "a chat as a stream that asks",
       "/chat/completions",
       { stream: true, stream_options: { include_usage: true } },

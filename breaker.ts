@@ -1271,7 +1271,7 @@ type Recorder = { hold(size: number): boolean; read(part: string): Promise<unkno
 
 /** Passes an answer on as it comes, less the event that was asked for; what is too long to be held passes unread. */
 async function* relay(answer: Response, { isAsking, hold, read, end }: Recorder & { isAsking: boolean }) {
-  const isReadable = answer.ok && (answer.headers.get("content-encoding") ?? "identity") === "identity";
+  const isReadable = answer.ok && /^(identity)?$/i.test(answer.headers.get("content-encoding") ?? "");
   const type = (isReadable && answer.headers.get("content-type")) || "";
   const isEvents = /^text\/event-stream/i.test(type);
   const isAsked = isAsking && isEvents;
