@@ -397,7 +397,7 @@ function prepareWorld(argv: string[], { now = Date.now, look = async () => ({ ..
   const world: World = {
     ...surround({ now }),
     options: optionsOf(...argv),
-    ...{ rest: [], self: { startedMs: 0, gateway: null }, stop: () => stop.abort(), signal: stop.signal },
+    ...{ rest: [], self: { startedMs: 0, gateway: null, keys: [] }, stop: () => stop.abort(), signal: stop.signal },
   };
   const watch = startWatch(world, { look, onAnswer: () => {} });
   watch.hurry();
@@ -1055,7 +1055,14 @@ suite("the decision", () => {
 
 suite("the protocol", () => {
   /** For what is answered without looking at anything. */
-  const nothing: Info = describeInfo({ now: 0, reading: UNSEEN, options: optionsOf(), startedMs: 0, gateway: null });
+  const nothing: Info = describeInfo({
+    now: 0,
+    reading: UNSEEN,
+    options: optionsOf(),
+    startedMs: 0,
+    gateway: null,
+    keys: [],
+  });
   const lines: [string, boolean, string][] = [
     ["STATUS", false, "STATUS"],
     ["status", true, "STATUS"],
@@ -1481,7 +1488,7 @@ suite("the truth", () => {
       "https://notopenai.com",
       "https://openai.com.example",
     ];
-    const moment = { now: 0, reading: UNSEEN, startedMs: 0, gateway: null };
+    const moment = { now: 0, reading: UNSEEN, startedMs: 0, gateway: null, keys: [] };
     expect(sources.map((url) => describeInfo({ ...moment, options: optionsOf("--base-url", url) }).source)).toEqual([
       "costs",
       "costs",
@@ -2685,7 +2692,7 @@ suite("exec", () => {
     const reason = "\x1b]0;pwned\x07\x1b[2J\u202eall is well";
     const reading = { ...UNSEEN, asOfMs: 0 };
     const info = {
-      ...describeInfo({ now: 0, reading, options: optionsOf(), startedMs: 0, gateway: null }),
+      ...describeInfo({ now: 0, reading, options: optionsOf(), startedMs: 0, gateway: null, keys: [] }),
       message: reason,
     };
     using impostor = startLiar((line) => (line === "INFO\n" ? `${JSON.stringify(info)}\n` : "TRUE\n"));
@@ -2981,6 +2988,7 @@ suite("MCP", () => {
       options: optionsOf(),
       startedMs: 0,
       gateway: null,
+      keys: [],
     });
     const text = readMcp(message).reply(info);
     if (expected === null) expect(text).toBeNull();
@@ -5081,7 +5089,7 @@ async function besiege({ seed, steps, allowance }: { seed: number; steps: number
     ...surround({ now: () => nowMs }),
     options: optionsOf(...argv),
     rest: [],
-    self: { startedMs: nowMs, gateway: null },
+    self: { startedMs: nowMs, gateway: null, keys: [] },
     stop: () => stop.abort(),
     signal: stop.signal,
   };

@@ -79,7 +79,7 @@ const time = scaled(/^\d+(ms|s|m|h)$/, { min: 1, max: DAY }).meta(TIME);
 const sourceName = z.enum(["auto", "costs", "billing"]).meta({ takes: "NAME", expects: "auto, costs or billing" });
 const entry = str.regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expects: "the name of an entry of pass" });
 const shellCommand = str.meta({ takes: "CMD", expects: "a shell command" });
-const projects = z.array(word).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
+const projects = z.array(str.regex(/^[\w-]+$/)).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
 const limits = z.array(allowance).meta({ takes: "MODELS=TOKENS", expects: "MODELS=TOKENS such as *-mini*=10M" });
 /** An http URL sends the key in the clear: only to this machine. */
 const apiUrl = z
@@ -254,7 +254,7 @@ const MAX_MARKS = 400_000; // What has more is not read: 8 MiB of them take a se
 
 /** Parses JSON; undefined for a text that is none, or has too many members, lists and items. */
 function parseJson(text: string): unknown {
-  if (text.length > MAX_MARKS && text.split(/[[{:,]/, MAX_MARKS).length === MAX_MARKS) return undefined;
+  if (text.length > MAX_MARKS && text.replace(/[^[{:,]+/g, "").length >= MAX_MARKS) return undefined;
   try {
     return JSON.parse(text);
   } catch {
@@ -319,7 +319,7 @@ const InfoSchema = z.object({
 
 export type Info = z.output<typeof InfoSchema>;
 
-const PromptSchema = z.object({ prompt_tokens: tokenCount, completion_tokens: tokenCount });
+const PromptSchema = z.object({ prompt_tokens: tokenCount, completion_tokens: tokenCount.default(0) });
 const tokenSum = z.union([InputSchema, PromptSchema]).transform(addUp).nullable().catch(null);
 const moment = z.number().min(1e9).max(1e10).optional().catch(undefined);
 /** The shape that the Usage API counts as completions: whose tokens, how many (null: not told), made when. */
@@ -453,7 +453,7 @@ export type Reading = { asOfMs: number | null; sums: Sums; error: string | null;
 /** A reading at `now` (ms since 1970), under the user's options. */
 export type Moment = { now: number; reading: Reading; options: Options };
 
-export type Self = { startedMs: number; gateway: string | null; key?: string }; // The key, to keep it out of the log.
+export type Self = { startedMs: number; gateway: string | null; keys: string[] }; // That were read, the newest first.
 
 export const UNSEEN: Reading = { asOfMs: null, sums: {}, error: null, retryAfterMs: 0 };
 
@@ -727,13 +727,13 @@ export function readJson(text: string): unknown {
  * `{"stream":true}` → `{"stream_options":{"include_usage":true},"stream":true}`
  */
 export function askForUsage(body: string): string | null {
-  const read = (text: string) => StreamRequestSchema.safeParse(parseJson(text)).data;
-  const request = read(body);
+  const request = StreamRequestSchema.safeParse(parseJson(body)).data;
   if (!request || request.stream_options?.["include_usage"]) return null;
   const wish = (old: unknown) => `"stream_options":${JSON.stringify(Object.assign({}, old, { include_usage: true }))}`;
   if (request.stream_options === undefined) return body.replace("{", () => `{${wish(null)},`);
-  const spliced = body.replace(/"stream_options"\s*:\s*(null|\{[^{}\\]{0,999}\})/, (_, old) => wish(parseJson(old)));
-  return read(spliced)?.stream_options?.["include_usage"] ? spliced : null;
+  const [before = "", after = "", ...more] = body.split('"stream_options"'); // Where there are two, one is nested.
+  const [found, old = ""] = /^\s*:\s*(null|\{("[^"{}\\]*"|[^"{}\\]){0,999}\})/.exec(after) ?? [];
+  return !found || more.length > 0 ? null : before + wish(parseJson(old)) + after.slice(found.length);
 }
 
 /** Headers that are about a connection, not about what it carries (RFC 9110, section 7.6.1). */
@@ -823,8 +823,9 @@ async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
 
 /** The environment of a child: with `extra`, and without the key, by its name or by its value. */
 function childEnv({ env: { OPENAI_ADMIN_KEY, ...env }, self }: Pick<World, "env" | "self">, extra: Env = {}): Env {
-  const key = OPENAI_ADMIN_KEY?.split("\n", 1).join().trim() || self.key;
-  return { ...Object.fromEntries(Object.entries(env).filter(([, value]) => !key || !value?.includes(key))), ...extra };
+  const keys = [OPENAI_ADMIN_KEY?.split("\n", 1).join().trim() ?? "", ...self.keys].filter(Boolean);
+  const kept = Object.entries(env).filter(([, value]) => !keys.some((key) => value?.includes(key)));
+  return { ...Object.fromEntries(kept), ...extra };
 }
 
 /** Sends a signal, to a whole group where `pid` is negative; false where it cannot be sent. */
@@ -878,7 +879,7 @@ async function readKey({ options: { passEntry: entry, drill }, self, env, signal
     throw new Error(`pass show ${entry} failed, ${cause}; ${advice}`);
   }
   const line = (given || shown?.stdout || "").split("\n", 1).join().trim();
-  if (/^[\x21-\x7e]+$/.test(line) && line !== entry) return (self.key = line); // Of a folder, pass prints name and tree.
+  if (/^[\x21-\x7e]+$/.test(line) && line !== entry) return line; // Of a folder, pass prints name and tree.
   const place = given ? "OPENAI_ADMIN_KEY" : `the first line of ${entry} in pass`;
   throw new Error(`${place} does not look like a key; put an admin key there`);
 }
@@ -955,7 +956,7 @@ export type Look = (onSeen: (sums: Sums) => void) => Promise<Reading>;
 
 /** Makes the look at the account that the options ask for; it keeps the key in memory until told to forget it. */
 export function createLook(world: World): { look: Look; forgetKey: () => void } {
-  const { options, now, signal } = world;
+  const { options, self, now, signal } = world;
   let key: Promise<string> | null = null;
   const forgetKey = () => void (key = null);
 
@@ -983,9 +984,11 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
     const note = (what: string) => (error: unknown) => void (look.error ??= `Cannot read ${what}: ${messageOf(error)}`);
     const secret = await (key ??= readKey(world)).catch(note("the key"));
     if (!secret) forgetKey();
+    else self.keys = [...new Set([secret, ...self.keys])];
     const reads = listEndpoints(options, beganMs).map(({ what, path, read }) => {
       const ask = async (query: string) => {
-        const { entries, next, problem } = read(await request(path + query, { secret, look }));
+        const body = await request(path + query, { secret, look });
+        const { entries, next, problem } = await takeTurn(() => read(body)); // 1 MiB of rows is much.
         onSeen((look.sums = addEntries(look.sums, entries, { now: beganMs, options })));
         if (problem !== null) throw new Error(problem);
         return next;
@@ -1058,10 +1061,10 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
       await alarm.promise.then(noticeJump);
       if (signal.aborted) return;
       alarm = Promise.withResolvers();
-      const before = { leadMs, key: self.key };
+      const before = { leadMs, key: self.keys[0] };
       const found = await look((seen) => learn({ ...reading, sums: raiseSums(reading.sums, seen) }));
       noticeJump();
-      if (self.key !== before.key) learn({ ...reading, asOfMs: null }); // It may be another account's.
+      if (self.keys[0] !== before.key) learn({ ...reading, asOfMs: null }); // It may be another account's.
       if (leadMs === before.leadMs) {
         learn(mergeLook(reading, found));
         hasLooked = true;
@@ -1109,10 +1112,10 @@ const twoRounds = () => nextRound().then(() => nextRound()); // One takes a conn
 let [turns, turnsEndMs]: [Promise<unknown>, number] = [Promise.resolve(), 0];
 
 /** Takes a turn, for who has much to do: all of them share some ms of each round, and all else goes on between. */
-function takeTurn<T>({ work, isGone = () => false }: { work: () => T; isGone?: () => boolean }) {
+function takeTurn<T>(work: () => T): Promise<T> {
   const turn = turns.then(async () => {
     if (performance.now() >= turnsEndMs) await twoRounds().then(() => (turnsEndMs = performance.now() + TURN.ms));
-    return isGone() ? undefined : work();
+    return work();
   });
   turns = turn.catch(() => {});
   return turn;
@@ -1139,9 +1142,9 @@ function readQuestion(socket: Bun.Socket<Peer>, { isCrowded }: { isCrowded: () =
   const isLocal = () => isLoopback(socket.remoteAddress) || socket.remoteAddress === socket.localAddress;
   const last = (question: Question) => ({ question, rest: NOTHING, isMcp: false });
   if (isMcp && !socket.data.isMcp && !isLocal()) return last(answerWith("ERR Not Allowed"));
-  if (isMcp && !socket.data.isMcp && isCrowded()) return last(answerWith("ERR Busy"));
   const cut = takeLine(input, { ended, limit: isMcp ? MAX_MCP_LINE_BYTES : MAX_LINE_BYTES });
   if (cut === "incomplete") return null;
+  if (isMcp && !socket.data.isMcp && isCrowded()) return last(answerWith("ERR Busy"));
   if (cut === "too long") return last(answerWith("ERR Line Too Long"));
   return isMcp ? { question: readMcp(cut.line), rest: cut.rest, isMcp } : last(findQuestion(cut.line, { isLocal }));
 }
@@ -1196,7 +1199,7 @@ function createPump(peers: Set<Bun.Socket<Peer>>, watch: Watch) {
     // A copy, so that what was read before it is freed.
     if (peer.input.length * 2 <= peer.input.buffer.byteLength) peer.input = Buffer.from(peer.input);
     const isSent = flush(socket);
-    if (isSent && waitsFor === "turn") void takeTurn({ work: () => pump(socket, true), isGone: () => peer.isDone });
+    if (isSent && waitsFor === "turn") void takeTurn(() => peer.isDone || pump(socket, true));
     if (isSent && (waitsFor === "look" || peer.isMcp)) peer.deadlineMs = Infinity;
     if (!isSent || waitsFor) {
       socket.pause();
@@ -1281,7 +1284,7 @@ async function* relay(answer: Response, { isAsking, hold, read, end }: Recorder 
   let [seam, pieces] = ["", 0]; // the seam of what is held with what came last, and its pieces: each takes 128 bytes
   try {
     for await (const chunk of answer.body ?? []) {
-      if (chunk.length > 16384) await takeTurn({ work: () => {} }); // Others have theirs too, however much has come.
+      if (chunk.length > 16384) await takeTurn(() => {}); // Others have theirs too, however much has come.
       const piece = Buffer.from(chunk).toString("latin1");
       const text: string = (held ?? "") + piece;
       seam = seam.slice(-2) + piece;
@@ -1322,8 +1325,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
 
   /** What is kept of a request until its answer ends, which writes a line to the log. */
   function createRecorder({ method, url, headers }: Request): Recorder {
-    const words = ["authorization", "api-key", "x-api-key"].flatMap((name) => headers.get(name)?.split(/\s+/, 2) ?? []);
-    const secrets = [...words, self.key ?? ""].filter(({ length }) => length >= 8); // An upstream may name one.
+    const values = [...headers].flatMap(([name, value]) => (/auth|key|token|cookie/.test(name) ? value : []));
     const beganMs = performance.now();
     let told: Spending | null = null;
     let [held, parts] = [0, 0];
@@ -1339,7 +1341,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
       const isSilent = !part.includes("_tokens") && (told !== null || !part.includes('"model"'));
       const isMuch = !isSilent || part.length > TURN.bytes || ++parts % 256 === 0;
       const work = () => (isSilent ? undefined : readJson(part));
-      const json = isMuch ? await takeTurn({ work }) : work();
+      const json = isMuch ? await takeTurn(work) : work();
       if (json === undefined) return undefined;
       const spending = AnswerSchema.safeParse(json).data;
       if (spending) countOnce(spending);
@@ -1351,7 +1353,8 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
       const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
       const line = `${method} ${path} ${answer.status}${spent} ${((performance.now() - beganMs) / SECOND).toFixed(2)} s`;
       hold(0);
-      log(redact(line, secrets));
+      const secrets = [...values.join(" ").split(/[\s,;="]+/), ...self.keys].filter(({ length }) => length >= 8);
+      log(redact(line, secrets)); // An upstream may name one.
       return answer;
     };
     return { hold, read, end };
@@ -1365,7 +1368,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     const isAskable = isChat && options.allowances.length > 0 && !watch.describe().open;
     const isRead = isAskable && hold(Number(request.headers.get("content-length") ?? Infinity));
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
-    const asking = text === null ? null : await takeTurn({ work: () => askForUsage(text), isGone });
+    const asking = text === null ? null : await takeTurn(() => (isGone() ? null : askForUsage(text)));
     await waitWhile(() => server.pendingRequests - waiting >= room && !watch.describe().open && !isGone());
     return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: Boolean(asking) };
   }
@@ -1376,8 +1379,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     if (refusal) return recorder.end(refusal);
     waiting++;
     const { body, isAsking } = await prepareBody(request, recorder).finally(() => waiting--);
-    // Only now: while a body came, or waited for others, the breaker may have tripped.
-    const { open, message } = watch.describe();
+    const { open, message } = watch.describe(); // Only now: while a body came, or waited, the breaker may have tripped.
     if (open) return recorder.end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
     const to = request.url.replace(/^http:\/\/[^/]*\/v1/, () => options.baseUrl);
     const headers = passHeaders(request.headers);
@@ -1511,8 +1513,7 @@ function findFamily(pids: number[]): number[] {
 async function endCommand({ pid, exited }: Bun.Subprocess): Promise<void> {
   let family = findFamily([pid]);
   for (const member of family) kill(member, "SIGTERM");
-  // Who has ended is forgotten at once: its pid may soon be another's.
-  const someRun = () => (family = family.filter((member) => kill(member, 0))).length > 0;
+  const someRun = () => (family = family.filter((member) => kill(member, 0))).length > 0; // A pid is soon another's.
   const isOver = await waitWhile(someRun, PATIENCE_MS);
   for (const member of isOver ? [] : findFamily(family)) kill(member, "SIGKILL");
   await exited;
@@ -1549,17 +1550,16 @@ async function guard(world: World): Promise<number> {
     log(`the breaker is open, ${argv[0]} was not started: ${redact((await tryInfo(world))?.message ?? "TRUE")}`);
     return EXIT.stopped;
   }
-  const given = env["OPENAI_BASE_URL"];
-  const gateway = given || !info?.gateway ? {} : { OPENAI_BASE_URL: info.gateway };
-  if (given && info?.gateway) log(`OPENAI_BASE_URL is set already, so that the gateway at ${info.gateway} is not used`);
+  const gateway = info?.gateway ?? undefined;
+  const OPENAI_BASE_URL = env["OPENAI_BASE_URL"] || gateway;
+  if (gateway && gateway !== OPENAI_BASE_URL) log(`OPENAI_BASE_URL is set, so the gateway at ${gateway} is not used`);
   let child: Bun.Subprocess | null = null;
   hearSignals((name) => {
-    // The terminal sends these to the command itself.
-    const isTyped = [0, 1, 2].some(isatty) && (name === "SIGINT" || name === "SIGQUIT");
+    const isTyped = [0, 1, 2].some(isatty) && (name === "SIGINT" || name === "SIGQUIT"); // The terminal sends it too.
     if (!isTyped) child?.kill(name);
   }, signal);
   try {
-    child = Bun.spawn(argv, { env: childEnv(world, gateway), stdio: ["inherit", "inherit", "inherit"] });
+    child = Bun.spawn(argv, { env: childEnv(world, { OPENAI_BASE_URL }), stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
     return z.object({ code: z.literal("ENOENT") }).safeParse(error).success ? EXIT.notFound : EXIT.notExecutable;
@@ -1725,7 +1725,7 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
   try {
     const call = parseArguments(argv, surroundings.env);
     if (call.command === "print") return await surroundings.print(call.text).then(() => EXIT.closed);
-    const self = { startedMs: surroundings.now(), gateway: null };
+    const self = { startedMs: surroundings.now(), gateway: null, keys: [] };
     return await RUN[call.command]({ ...surroundings, ...call, self, stop, signal: controller.signal });
   } catch (error) {
     surroundings.log(`breaker: ${redact(messageOf(error))}`);
