@@ -13,6 +13,7 @@ import {
   mkdtempSync,
   readdirSync,
   readFileSync,
+  renameSync,
   rmSync,
   symlinkSync,
   writeFileSync,
@@ -537,6 +538,9 @@ suite("options", () => {
     [["--allowance", "a=1M", "--allowance", "b=zz"], {}, /^--allowance "b=zz"/],
     [[], { BREAKER_ALLOWANCE: "a=1M b" }, /^BREAKER_ALLOWANCE "b"/],
     [["--allowance", "a=1", "--source", "billing"], {}, /^--allowance.*--source costs/],
+    [["--project", "proj_a,proj_b"], {}, /^--project "proj_a,proj_b": expected a project ID/],
+    [["--project", "proj_a\u200b"], {}, /^--project /],
+    [[], { BREAKER_PROJECT: '"proj_a"' }, /^BREAKER_PROJECT /],
     [["--project", "p", "--base-url", "https://gateway.example"], {}, /^--project "p".*--source costs/],
     [["--prot", "1"], {}, /^--prot: no such option/],
     [["-x"], {}, /^-x: no such option/],
@@ -3153,11 +3157,15 @@ type Reply = (call: Call, response: ServerResponse) => void;
 /** A simulated OpenAI: `reply` answers what is no look of the breaker; `look` gives the body of those. */
 async function startOpenAi(reply: Reply, look: (path: string) => unknown = () => page([])) {
   const calls: Call[] = [];
+  const keys = new Set<string | undefined>();
   const server = createServer((request, response) => {
     const chunks: Buffer[] = [];
     const { method = "", url = "", headers } = request;
     response.sendDate = false; // It would contradict the clock of a test.
-    if (url.startsWith("/v1/organization/")) return void response.end(JSON.stringify(look(url)));
+    if (url.startsWith("/v1/organization/")) {
+      keys.add(headers.authorization);
+      return void response.end(JSON.stringify(look(url)));
+    }
     const call: Call = { method, url, headers, body: "", goneMs: null };
     calls.push(call);
     response.on("close", () => {
@@ -3175,6 +3183,8 @@ async function startOpenAi(reply: Reply, look: (path: string) => unknown = () =>
   const port = typeof address === "object" ? address?.port : 0;
   return {
     calls,
+    /** Those that the looks came with. */
+    keys,
     base: `http://127.0.0.1:${port}/v1`,
     [Symbol.dispose]() {
       server.closeAllConnections();
@@ -3333,6 +3343,12 @@ suite("passing on", () => {
     ['{"stream":true,"stream_options":{"x":"\\u20ac"}}', null],
     // Nothing is touched where the wish would land in another object.
     ['{"a":{"stream_options":{}},"stream":true,"stream_options":{"y":{}}}', null],
+    ['{"a":{"stream_options":null},"stream":true,"stream_options":null}', null],
+    ['{"stream":true,"stream_options":{"x":"}"}}', null],
+    [
+      '{"a":"stream_options","stream":true,"stream_options":{"x":[1,"y"]},"n":1}',
+      '{"a":"stream_options","stream":true,"stream_options":{"x":[1,"y"],"include_usage":true},"n":1}',
+    ],
     [
       '{"messages":[{"content":"\\"stream\\":true $& $1"}],"stream":true}',
       '{"stream_options":{"include_usage":true},"messages":[{"content":"\\"stream\\":true $& $1"}],"stream":true}',
@@ -3364,6 +3380,11 @@ suite("passing on", () => {
       "usage with details",
       chat({ usage: { ...promptUsage, prompt_tokens_details: { cached_tokens: 80 } } }),
       [120, MODEL],
+    ],
+    [
+      "a completion that generated nothing",
+      chat({ object: "text_completion", usage: { prompt_tokens: 90, total_tokens: 90 } }),
+      [90, MODEL],
     ],
     ["embeddings", { object: "list", model: "m", data: [], usage: { prompt_tokens: 8, total_tokens: 8 } }, null],
     ["images", { created: 1.7e9, data: [], usage: inputUsage }, null],
@@ -4171,6 +4192,9 @@ suite("the gateway", () => {
     ["authorization", "Bearer sk-clientsk-client", "sk-client\u200bsk-client"],
     ["authorization", "0123456789abcdef", "0123456789abcdef"],
     ["authorization", "Bearer\t0123456789abcdef", "0123456789abcdef"],
+    ["authorization", 'Token token="0123456789abcdef", x', "0123456789abcdef"],
+    ["cookie", "a=b; key=0123456789abcdef", "0123456789abcdef"],
+    ["x-goog-api-key", "0123456789abcdef", "0123456789abcdef"],
     ["api-key", "0123456789abcdef", "0123456789abcdef"],
     ["x-api-key", "0123456789abcdef", "0123456789abcdef"],
   ])("an upstream that echoes the %s %j as %j puts it in no log", async (name, value, key) => {
@@ -4191,6 +4215,30 @@ suite("the gateway", () => {
     await (await fetch(`${gateway}/responses`, { method: "POST", body: "{}" })).text();
     const line = await until(() => breaker.logs.find((text) => text.includes("POST")));
     expect(line).toContain("POST /v1/responses 200 sk-*** 120 tokens");
+  });
+
+  test("nor where the request came before the key, or after another key", async () => {
+    const file = join(makeFolder(), "key");
+    using openai = await startOpenAi(json(chat({ model: "relay-0123456789" })));
+    const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0"];
+    const pass = makePass(`until [ -e ${file} ]; do sleep 0.05; done; cat ${file}`);
+    await using breaker = await serve(argv, { env: { OPENAI_ADMIN_KEY: "", ...pass } });
+    const gateway = await until(() => /the gateway is (\S+)/.exec(breaker.logs.join("\n"))?.[1]);
+    const ask = async (path: string) => (await fetch(`${gateway}${path}`, { method: "POST", body: "{}" })).text();
+    const early = ask("/early");
+    await until(async () => (await fetch(`${gateway}/`, { headers: { host: "x" } })).status === 403); // It has come.
+    writeFileSync(`${file}.part`, "relay-0123456789");
+    renameSync(`${file}.part`, file);
+    await early;
+    writeFileSync(file, "relay-9876543210");
+    process.emit("SIGHUP");
+    await until(() => openai.keys.has("Bearer relay-9876543210"));
+    await ask("/late");
+    const lines = await until(() => {
+      const found = breaker.logs.filter((text) => text.includes("POST"));
+      return found.length === 2 ? found.join("\n") : null;
+    });
+    expect(lines).toMatch(/early 200 sk-\*\*\* 120 [^]*late 200 sk-\*\*\* 120 /);
   });
 
   test("an upstream that cannot be reached is 502, which clients may try again", async () => {
@@ -4265,6 +4313,8 @@ suite("the gateway", () => {
     const own = spawnExec(argv, { OPENAI_BASE_URL: "http://127.0.0.1:1/v1" });
     expect(await new Response(own.stdout).text()).toBe("http://127.0.0.1:1/v1\n");
     expect(await new Response(own.stderr).text()).toContain(`the gateway at ${breaker.gateway} is not used`);
+    const same = spawnExec(argv, { OPENAI_BASE_URL: breaker.gateway });
+    expect(await new Response(same.stderr).text()).toBe("");
   });
 
   test("exec hands its command no gateway on another machine, whatever INFO says", async () => {

@@ -731,8 +731,8 @@ export function askForUsage(body: string): string | null {
   if (!request || request.stream_options?.["include_usage"]) return null;
   const wish = (old: unknown) => `"stream_options":${JSON.stringify(Object.assign({}, old, { include_usage: true }))}`;
   if (request.stream_options === undefined) return body.replace("{", () => `{${wish(null)},`);
-  const [before = "", after = "", ...more] = body.split('"stream_options"'); // Where there are two, one is nested.
-  const [found, old = ""] = /^\s*:\s*(null|\{("[^"{}\\]*"|[^"{}\\]){0,999}\})/.exec(after) ?? [];
+  const [before = "", after = "", ...more] = body.split(/"stream_options"\s*:/); // Where there are two, one is nested.
+  const [found, old = ""] = /^\s*(null|\{("[^"{}\\]*"|[^"{}\\]){0,999}\})/.exec(after) ?? [];
   return !found || more.length > 0 ? null : before + wish(parseJson(old)) + after.slice(found.length);
 }
 
