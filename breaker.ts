@@ -1196,8 +1196,7 @@ function createPump(peers: Set<Bun.Socket<Peer>>, watch: Watch) {
   function pump(socket: Bun.Socket<Peer>, hasTurn = false): void {
     const peer = socket.data;
     const waitsFor = flush(socket) ? answer(socket, { hasTurn }) : null;
-    // A copy, so that what was read before it is freed.
-    if (peer.input.length * 2 <= peer.input.buffer.byteLength) peer.input = Buffer.from(peer.input);
+    if (peer.input.length * 2 <= peer.input.buffer.byteLength) peer.input = Buffer.from(peer.input); // Frees the rest.
     const isSent = flush(socket);
     if (isSent && waitsFor === "turn") void takeTurn(() => peer.isDone || pump(socket, true));
     if (isSent && (waitsFor === "look" || peer.isMcp)) peer.deadlineMs = Infinity;
@@ -1277,15 +1276,16 @@ async function* relay(answer: Response, { isAsking, hold, read, end }: Recorder 
   const isReadable = answer.ok && /^(identity)?$/i.test(answer.headers.get("content-encoding") ?? "");
   const type = (isReadable && answer.headers.get("content-type")) || "";
   const isEvents = /^text\/event-stream/i.test(type);
+  const isRead = isEvents || /^application\/json/i.test(type);
   const isAsked = isAsking && isEvents;
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   /** What has come of an event, or of the whole; null in the midst of what is too long. */
-  let held: string | null = isEvents || /^application\/json/i.test(type) ? "" : null;
+  let held: string | null = isRead ? "" : null;
   let [seam, pieces] = ["", 0]; // the seam of what is held with what came last, and its pieces: each takes 128 bytes
   try {
     for await (const chunk of answer.body ?? []) {
-      if (chunk.length > 16384) await takeTurn(() => {}); // Others have theirs too, however much has come.
-      const piece = Buffer.from(chunk).toString("latin1");
+      if (isRead && chunk.length > 16384) await takeTurn(() => {}); // Others have theirs too, however much has come.
+      const piece = isRead ? Buffer.from(chunk).toString("latin1") : "";
       const text: string = (held ?? "") + piece;
       seam = seam.slice(-2) + piece;
       let [shown, from, at] = ["", 0, 0];
