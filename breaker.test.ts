@@ -4752,16 +4752,19 @@ suite("slowly", () => {
     "the drill trips after 10 s and fires the hook once, with the variables and INFO",
     async () => {
       const folder = makeFolder();
-      const line = '"$BREAKER_OPEN $BREAKER_REASON $BREAKER_COST $BREAKER_MESSAGE"';
+      const line = '"$BREAKER_OPEN $BREAKER_REASON $BREAKER_COST $BREAKER_MESSAGE $MINE"';
       const hook = `echo ${line} >> ${folder}/fired; cat >> ${folder}/info; echo hello from the hook`;
       const argv = ["--drill", "--on-trip", hook, "--on-reset", `touch ${folder}/reset`];
-      await using breaker = await spawnBreaker(argv, withKey);
+      const env = { ...withKey.env, MINE: "in my drills" }; // The key of a drill is a common word.
+      await using breaker = await spawnBreaker(argv, { env });
       expect(await breaker.ask("STATUS")).toBe("FALSE");
       await until(async () => (await breaker.ask("STATUS")) === "TRUE", 14_000);
       await until(() => breaker.log().includes("--on-trip: hello from the hook"));
       const { asOf } = await breaker.info();
       await until(async () => (await breaker.info()).asOf !== asOf); // another look
-      expect(readFileSync(`${folder}/fired`, "utf8")).toMatch(/^TRUE cost 0.01 0.01 usd on \d{4}-\d\d-\d\d \(UTC\)\n$/);
+      expect(readFileSync(`${folder}/fired`, "utf8")).toMatch(
+        /^TRUE cost 0.01 0.01 usd on \d{4}-\d\d-\d\d \(UTC\) in my drills\n$/,
+      );
       expect(JSON.parse(readFileSync(`${folder}/info`, "utf8"))).toMatchObject({
         open: true,
         reason: "cost",

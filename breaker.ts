@@ -823,7 +823,7 @@ async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
 
 /** The environment of a child: with `extra`, and without the key, by its name or by its value. */
 function childEnv({ env: { OPENAI_ADMIN_KEY, ...env }, self }: Pick<World, "env" | "self">, extra: Env = {}): Env {
-  const keys = [OPENAI_ADMIN_KEY?.split("\n", 1).join().trim() ?? "", ...self.keys].filter(Boolean);
+  const keys = [OPENAI_ADMIN_KEY?.split("\n", 1).join().trim() ?? "", ...self.keys].filter(({ length }) => length >= 8);
   const kept = Object.entries(env).filter(([, value]) => !keys.some((key) => value?.includes(key)));
   return { ...Object.fromEntries(kept), ...extra };
 }
