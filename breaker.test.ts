@@ -1059,14 +1059,7 @@ suite("the decision", () => {
 
 suite("the protocol", () => {
   /** For what is answered without looking at anything. */
-  const nothing: Info = describeInfo({
-    now: 0,
-    reading: UNSEEN,
-    options: optionsOf(),
-    startedMs: 0,
-    gateway: null,
-    keys: [],
-  });
+  const nothing: Info = describeInfo({ now: 0, reading: UNSEEN, options: optionsOf(), startedMs: 0, gateway: null });
   const lines: [string, boolean, string][] = [
     ["STATUS", false, "STATUS"],
     ["status", true, "STATUS"],
@@ -1492,7 +1485,7 @@ suite("the truth", () => {
       "https://notopenai.com",
       "https://openai.com.example",
     ];
-    const moment = { now: 0, reading: UNSEEN, startedMs: 0, gateway: null, keys: [] };
+    const moment = { now: 0, reading: UNSEEN, startedMs: 0, gateway: null };
     expect(sources.map((url) => describeInfo({ ...moment, options: optionsOf("--base-url", url) }).source)).toEqual([
       "costs",
       "costs",
@@ -2696,7 +2689,7 @@ suite("exec", () => {
     const reason = "\x1b]0;pwned\x07\x1b[2J\u202eall is well";
     const reading = { ...UNSEEN, asOfMs: 0 };
     const info = {
-      ...describeInfo({ now: 0, reading, options: optionsOf(), startedMs: 0, gateway: null, keys: [] }),
+      ...describeInfo({ now: 0, reading, options: optionsOf(), startedMs: 0, gateway: null }),
       message: reason,
     };
     using impostor = startLiar((line) => (line === "INFO\n" ? `${JSON.stringify(info)}\n` : "TRUE\n"));
@@ -2992,7 +2985,6 @@ suite("MCP", () => {
       options: optionsOf(),
       startedMs: 0,
       gateway: null,
-      keys: [],
     });
     const text = readMcp(message).reply(info);
     if (expected === null) expect(text).toBeNull();
@@ -4217,7 +4209,7 @@ suite("the gateway", () => {
     expect(line).toContain("POST /v1/responses 200 sk-*** 120 tokens");
   });
 
-  test("nor where the request came before the key, or after another key", async () => {
+  test("an upstream that echoes the breaker's own key puts it in no log before it is read, or after another", async () => {
     const file = join(makeFolder(), "key");
     using openai = await startOpenAi(json(chat({ model: "relay-0123456789" })));
     const argv = ["--base-url", openai.base, "--source", "costs", "--gateway", "0"];
@@ -4683,6 +4675,21 @@ suite("slowly", () => {
       expect(await (await fetch(`${gateway}/responses`, { method: "POST" })).text()).toBe("data: 1\n\ndata: 2\n\n");
     },
     20_000,
+  );
+
+  test.concurrent(
+    "a look at an account that is silent is ended by --timeout, not by Bun before",
+    async () => {
+      using account = startAccount((_, socket) => {
+        setTimeout(() => socket.end(FREE), 12_000);
+        return null;
+      });
+      const argv = ["--base-url", account.base, "--source", "costs", "--timeout", "20s"];
+      await using breaker = await spawnBreaker(argv, { env: { ...withKey.env, BUN_CONFIG_HTTP_IDLE_TIMEOUT: "1" } });
+      await until(() => /FALSE|Cannot read/.test(breaker.log()), 18_000);
+      expect(breaker.log()).toContain("FALSE, no cost");
+    },
+    25_000,
   );
 
   test.concurrent.skipIf(!isLinux)(

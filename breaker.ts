@@ -529,7 +529,7 @@ export function decide(moment: Moment): Pick<Info, "open" | "reason" | "message"
 }
 
 /** The INFO object of a reading at `now`. */
-export function describe({ startedMs, gateway, ...moment }: Moment & Self): Info {
+export function describe({ startedMs, gateway, ...moment }: Moment & Omit<Self, "keys">): Info {
   const { now, reading, options } = moment;
   const { asOfMs, sums, error } = reading;
   const days = listSince(listDays(now).yesterday, { sums });
@@ -797,6 +797,7 @@ const PATIENCE_MS = 10 * SECOND;
 const MAX_READ_BYTES = 1024 * 1024;
 
 const ADDED = /(\. For more | fetching "|(?<=tunnel: \d+) ).*/s; // By Bun: advice, the account's cursor, a proxy's words.
+const isSecret = ({ length }: string) => length >= 8; // What is shorter stands in many a text.
 
 function messageOf(error: unknown): string {
   return error instanceof Error ? error.message.replace(ADDED, "") : String(error);
@@ -823,7 +824,7 @@ async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
 
 /** The environment of a child: with `extra`, and without the key, by its name or by its value. */
 function childEnv({ env: { OPENAI_ADMIN_KEY, ...env }, self }: Pick<World, "env" | "self">, extra: Env = {}): Env {
-  const keys = [OPENAI_ADMIN_KEY?.split("\n", 1).join().trim() ?? "", ...self.keys].filter(({ length }) => length >= 8);
+  const keys = [OPENAI_ADMIN_KEY?.split("\n", 1).join().trim() ?? "", ...self.keys].filter(isSecret);
   const kept = Object.entries(env).filter(([, value]) => !keys.some((key) => value?.includes(key)));
   return { ...Object.fromEntries(kept), ...extra };
 }
@@ -886,8 +887,9 @@ async function readKey({ options: { passEntry: entry, drill }, self, env, signal
 
 // ── Effects: the look ───────────────────────────────────────────────────────────────────────────
 
-/** Of every request: nothing is decompressed, followed, printed, or taken from a host that proves no name. */
-const ON_WIRE = { decompress: false, redirect: "manual", verbose: false, tls: { rejectUnauthorized: true } } as const;
+const tls = { rejectUnauthorized: true };
+/** Of every request: nothing is decompressed, followed, ended by Bun, printed, or taken from who proves no name. */
+const ON_WIRE = { decompress: false, redirect: "manual", timeout: false, verbose: false, tls } as const;
 const MAX_PAGES = 20;
 
 type Endpoint = { what: string; path: string; read: (body: unknown) => Page }; // A list of pages; `path` has a query.
@@ -1353,8 +1355,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
       const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
       const line = `${method} ${path} ${answer.status}${spent} ${((performance.now() - beganMs) / SECOND).toFixed(2)} s`;
       hold(0);
-      const secrets = [...values.join(" ").split(/[\s,;="]+/), ...self.keys].filter(({ length }) => length >= 8);
-      log(redact(line, secrets)); // An upstream may name one.
+      log(redact(line, [...values.join(" ").split(/[\s,;="]+/), ...self.keys].filter(isSecret))); // One may be echoed.
       return answer;
     };
     return { hold, read, end };
@@ -1384,8 +1385,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     const to = request.url.replace(/^http:\/\/[^/]*\/v1/, () => options.baseUrl);
     const headers = passHeaders(request.headers);
     headers.set("accept-encoding", "identity");
-    const { method, signal } = request; // Bun's own timeout would end what is silent for six minutes.
-    const answer = await fetch(to, { ...ON_WIRE, method, headers, body, signal, timeout: false });
+    const answer = await fetch(to, { method: request.method, headers, body, signal: request.signal, ...ON_WIRE });
     const head = { status: answer.status, statusText: answer.statusText, headers: passHeaders(answer.headers) };
     if (!answer.body) return recorder.end(new Response(null, head));
     return new Response(relay(answer, { isAsking, ...recorder }), head);
