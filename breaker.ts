@@ -253,14 +253,17 @@ const RowsSchema = ListSchema.optional();
 const MAX_MARKS = 400_000; // What has more is not read: 8 MiB of them take a second, and half a gigabyte.
 
 /** Parses JSON; undefined for a text that is none, or has too many members, lists and items. */
-function parseJson(text: string): unknown {
+function parseJson(text: string, revive?: (key: string, value: unknown, of?: { source: string }) => unknown): unknown {
   if (text.length > MAX_MARKS && text.replace(/[^[{:,]+/g, "").length >= MAX_MARKS) return undefined;
   try {
-    return JSON.parse(text);
+    return JSON.parse(text, revive);
   } catch {
     return undefined;
   }
 }
+
+/** Of JSON: a number that is too small for one stays its text, so that only zero is 0. */
+const keepTiny = (_: string, it: unknown, { source = "" } = {}) => (it === 0 && /[1-9]/.test(source) ? source : it);
 
 /** A cost in usd. */
 export const CostRowSchema = z
@@ -393,8 +396,7 @@ export type Page = { entries: Entry[]; next: string | null; problem: string | nu
 
 const MAX_PROBLEMS = 10; // A page of 1 MiB can hold so many bad rows that to explain them all takes seconds.
 
-function explain(error: z.ZodError): string {
-  const [issue] = error.issues;
+function explain({ issues: [issue] }: z.ZodError): string {
   return `${issue?.path.join(".") || "the answer"}: ${issue?.message}`;
 }
 
@@ -596,11 +598,6 @@ export function takeLine(input: Buffer, { ended, limit }: { ended: boolean; limi
   return { line: input.toString("utf8", 0, end), rest: input.subarray(end + 1) };
 }
 
-/** Whether the first byte that is not blank is a brace: the line is MCP. */
-export function beginsMcp(input: Buffer): boolean {
-  return /^[ \t\r]*\{/.test(input.toString("latin1", 0, MAX_LINE_BYTES));
-}
-
 // ── MCP ─────────────────────────────────────────────────────────────────────────────────────────
 // The Model Context Protocol, without state: one message in, at most one out. A request is of the
 // revision 2026-07-28 when its _meta names a protocol version; the older ones begin with a handshake.
@@ -620,7 +617,6 @@ const CAPABILITIES_KEY = `${META}clientCapabilities`;
 const IdSchema = z.union([z.string(), z.int()]);
 type Id = z.output<typeof IdSchema>;
 const MessageSchema = z.object({ jsonrpc: z.literal("2.0"), method: z.string(), params: z.unknown().optional() });
-const ParamsSchema = z.object({ _meta: JsonSchema.optional() });
 const MetaSchema = z.object({ [VERSION_KEY]: z.string(), [CAPABILITIES_KEY]: JsonSchema });
 
 const { $schema: _, ...outputSchema } = z.toJSONSchema(InfoSchema.omit({ pid: true }));
@@ -655,10 +651,10 @@ export function readMcp(line: string): Question {
   }
   if (!("id" in envelope)) return answerWith(null); // A notification.
   if (id === undefined) return answerError(id, { code: -32600, message: "id: expected a string or an integer" });
-  const { method, params } = message.data;
-  const known = ParamsSchema.safeParse(params ?? {});
-  if (!known.success) return answerError(id, { code: -32602, message: explain(known.error) });
-  const meta = known.data._meta ?? {};
+  const params = JsonSchema.safeParse(message.data.params ?? {}).data;
+  const meta = JsonSchema.safeParse(params?.["_meta"] ?? {}).data;
+  if (!params || !meta)
+    return answerError(id, { code: -32602, message: "params: expected an object, so for its _meta" });
   const requested = meta[VERSION_KEY];
   if (typeof requested === "string" && requested !== MODERN_VERSION) {
     const data = { supported: [MODERN_VERSION], requested };
@@ -667,7 +663,7 @@ export function readMcp(line: string): Question {
   const modern = VERSION_KEY in meta || CAPABILITIES_KEY in meta;
   const incomplete = modern ? MetaSchema.safeParse(meta).error : null;
   if (incomplete) return answerError(id, { code: -32602, message: `_meta.${explain(incomplete)}` });
-  return readRequest(id, { method, params: JsonSchema.safeParse(params).data ?? {}, modern });
+  return readRequest(id, { method: message.data.method, params, modern });
 }
 
 function readRequest(id: Id, call: { method: string; params: Json; modern: boolean }): Question {
@@ -804,9 +800,9 @@ function messageOf(error: unknown): string {
 }
 
 /** Waits as long as something holds, `limitMs` at most; false where it still holds then. */
-async function waitWhile(holds: () => boolean, limitMs = Infinity): Promise<boolean> {
+async function waitWhile(holds: () => boolean, limitMs = Infinity, pauseMs = () => 50): Promise<boolean> {
   const endMs = performance.now() + limitMs;
-  while (holds() && performance.now() < endMs) await Bun.sleep(50);
+  while (holds() && performance.now() < endMs) await Bun.sleep(pauseMs());
   return !holds();
 }
 
@@ -924,16 +920,15 @@ function advise(status: number, options: Options): string {
 async function readAnswer(response: Response, { options, now }: World): Promise<unknown> {
   const { status, headers } = response;
   if (status !== 200) throw new Error(`HTTP ${status}; ${advise(status, options)}`);
-  if ((headers.get("content-encoding") ?? "identity") !== "identity") {
-    throw new Error("the answer is compressed, though asked for as it is; check --base-url");
-  }
+  const encoding = headers.get("content-encoding") ?? "identity";
+  if (encoding !== "identity") throw new Error("the answer is compressed, though asked for as is; check --base-url");
   const date = headers.get("date");
   if (date !== null && !(Math.abs(Date.parse(date) - now()) <= 10 * MINUTE)) {
     throw new Error("the answer's Date is more than 10 minutes off; set this machine's clock");
   }
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
   const bytes = await readAll(response.body ?? new Blob([]).stream());
-  const body = parseJson(new TextDecoder("utf-8", { fatal: true }).decode(bytes));
+  const body = parseJson(new TextDecoder("utf-8", { fatal: true }).decode(bytes), keepTiny);
   if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
   const { error } = JsonSchema.safeParse(body).data ?? {};
   if (error !== undefined && error !== null) throw new Error("the answer is an error with HTTP 200; check --base-url");
@@ -1007,8 +1002,6 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
 // ── Effects: the watch ──────────────────────────────────────────────────────────────────────────
 // One timer and one look at a time, whoever asks: every answer comes from the reading in memory.
 
-const CLOCK_JUMP_MS = 10 * SECOND; // Where wall and monotonic clock move so far apart, one was set, or all slept.
-
 /** Looks on and on; `onAnswer` hears every answer that rests on a look. */
 export function startWatch(world: World, { look, onAnswer }: { look: Look; onAnswer: (info: Info) => void }) {
   const { options, self, now, signal } = world;
@@ -1042,9 +1035,10 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
     return described.info;
   }
 
+  /** Where wall and monotonic clock move apart, one was set, or all slept. */
   function noticeJump(): void {
     const movedMs = now() - performance.now() - leadMs;
-    if (Math.abs(movedMs) <= Math.min(CLOCK_JUMP_MS, Math.max(100, options.maxAgeMs / 10))) return; // 100 is jitter.
+    if (Math.abs(movedMs) <= Math.min(10 * SECOND, Math.max(100, options.maxAgeMs / 10))) return; // 100 is jitter.
     leadMs += movedMs;
     // By a clock that was set back, nobody can tell how old the last good look is.
     if (movedMs < 0) learn({ ...reading, asOfMs: null, error: "this machine's clock was set back" });
@@ -1138,7 +1132,7 @@ interface Peer {
 /** What a peer asks next, and what it has sent behind that; null where that is not known yet. */
 function readQuestion(socket: Bun.Socket<Peer>, { isCrowded }: { isCrowded: () => boolean }) {
   const { isDone, input, ended } = socket.data;
-  const isMcp = socket.data.isMcp || beginsMcp(input);
+  const isMcp = socket.data.isMcp || /^[ \t\r]*\{/.test(input.toString("latin1", 0, MAX_LINE_BYTES));
   if (isDone || (input.length === 0 && (isMcp || !ended))) return null;
   // This machine is on loopback, or at the very address that it connected to.
   const isLocal = () => isLoopback(socket.remoteAddress) || socket.remoteAddress === socket.localAddress;
@@ -1272,9 +1266,10 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 const MAX_IDS = 100_000; // So many take 10 MiB; all are forgotten then, and an answer that is polled counts again.
 
 type Recorder = { hold(size: number): boolean; read(part: string): Promise<unknown>; end(answer: Response): Response };
+type Relaying = Recorder & { isAsking: boolean; signal: AbortSignal };
 
 /** Passes an answer on as it comes, less the event that was asked for; what is too long to be held passes unread. */
-async function* relay(answer: Response, { isAsking, hold, read, end }: Recorder & { isAsking: boolean }) {
+async function* relay(answer: Response, { isAsking, signal, hold, read, end }: Relaying) {
   const isReadable = answer.ok && /^(identity)?$/i.test(answer.headers.get("content-encoding") ?? "");
   const type = (isReadable && answer.headers.get("content-type")) || "";
   const isEvents = /^text\/event-stream/i.test(type);
@@ -1294,6 +1289,7 @@ async function* relay(answer: Response, { isAsking, hold, read, end }: Recorder 
       for (const [event] of isEvents && /\n\r?\n/.test(seam) ? text.matchAll(EVENTS) : []) {
         if (isUsage(await read(event))) [shown, from] = [shown + text.slice(from, at), at + event.length];
         [at, pieces] = [at + event.length, 0];
+        if (text.length > TURN.bytes && signal.aborted) break; // It can go on for minutes.
       }
       const rest = text.slice(at);
       held = (held !== null || at > 0) && hold(rest.length + 128 * ++pieces) ? rest : null;
@@ -1310,10 +1306,10 @@ async function* relay(answer: Response, { isAsking, hold, read, end }: Recorder 
 export function startGateway({ options, self, env, now, log }: World, watch: Watch) {
   /** What answers have told today, by id: one that is polled tells it again, a stream may tell it as it grows. */
   let counted = { day: "", ids: new Map<number, number>() };
-  let waiting = 0;
-  let left = 2 * MAX_HELD_BYTES; // of what may be held of all bodies
+  const underWay = new Set<Request>();
+  let left = 8 * MAX_HELD_BYTES; // of what may be held of all bodies
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
-  const room = Math.max(Math.min((Number(env["BUN_CONFIG_MAX_HTTP_REQUESTS"]) || 256) - 56, 200), 1);
+  const room = Math.max(Math.min((Number.parseInt(env["BUN_CONFIG_MAX_HTTP_REQUESTS"] ?? "") || 256) - 56, 200), 1);
 
   function countOnce({ id, model, usage, created, created_at = created }: Spending): void {
     const today = formatDay(now());
@@ -1326,15 +1322,16 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   }
 
   /** What is kept of a request until its answer ends, which writes a line to the log. */
-  function createRecorder({ method, url, headers }: Request): Recorder {
+  function createRecorder(request: Request): Recorder {
+    const { method, url, headers } = request;
     const values = [...headers].flatMap(([name, value]) => (/auth|key|token|cookie/.test(name) ? value : []));
     const beganMs = performance.now();
     let told: Spending | null = null;
     let [held, parts] = [0, 0];
-    /** Whether so much may be held in place of what was: a quarter of what all others leave, 8 MiB at most. */
+    /** Whether so much may be held in place of what was: 8 MiB, and a quarter of what all others leave, at most. */
     const hold = (size: number) => {
       left += held;
-      held = size <= left / 4 ? size : 0;
+      held = size <= Math.min(left / 4, MAX_HELD_BYTES / 2) ? size : 0;
       left -= held;
       return held === size;
     };
@@ -1354,8 +1351,10 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
       const path = URL.canParse(url) ? new URL(url).pathname : "?";
       const spent = told ? ` ${told.model} ${told.usage === null ? "tokens unknown" : `${told.usage} tokens`}` : "";
       const line = `${method} ${path} ${answer.status}${spent} ${((performance.now() - beganMs) / SECOND).toFixed(2)} s`;
+      const words = values.join(" ").split(/[\s,;="]+/, 200); // One may be echoed; to look for more takes a ms.
       hold(0);
-      log(redact(line, [...values.join(" ").split(/[\s,;="]+/), ...self.keys].filter(isSecret))); // One may be echoed.
+      underWay.delete(request);
+      log(redact(line, [...self.keys, ...words].filter(isSecret)));
       return answer;
     };
     return { hold, read, end };
@@ -1364,22 +1363,25 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   /** What to send on of a request, once it can be decided on, and whether that asks for the usage of a stream. */
   async function prepareBody(request: Request, { hold }: Pick<Recorder, "hold">) {
     const isGone = () => request.signal.aborted;
-    await waitWhile(() => watch.whenSettled() !== null && !isGone());
+    const pauseMs = () => Math.max(50, server.pendingRequests / 4); // Four of them look in a ms, however many wait.
+    const standBy = (holds: () => boolean) => waitWhile(() => holds() && !isGone(), Infinity, pauseMs);
+    await standBy(() => watch.whenSettled() !== null);
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
     const isAskable = isChat && options.allowances.length > 0 && !watch.describe().open;
     const isRead = isAskable && hold(Number(request.headers.get("content-length") ?? Infinity));
     const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     const asking = text === null ? null : await takeTurn(() => (isGone() ? null : askForUsage(text)));
-    await waitWhile(() => server.pendingRequests - waiting >= room && !watch.describe().open && !isGone());
+    const enters = () => underWay.size < room && Boolean(underWay.add(request));
+    await standBy(() => !watch.describe().open && !enters());
     return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: Boolean(asking) };
   }
 
   /** Sends a request on where it may pass, and gives its answer while that comes. */
   async function pass(request: Request, recorder: Recorder): Promise<Response> {
+    await takeTurn(() => {}); // Many may have come in one moment.
     const refusal = screen(request, server.port ?? 0);
     if (refusal) return recorder.end(refusal);
-    waiting++;
-    const { body, isAsking } = await prepareBody(request, recorder).finally(() => waiting--);
+    const { body, isAsking } = await prepareBody(request, recorder);
     const { open, message } = watch.describe(); // Only now: while a body came, or waited, the breaker may have tripped.
     if (open) return recorder.end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
     const to = request.url.replace(/^http:\/\/[^/]*\/v1/, () => options.baseUrl);
@@ -1387,8 +1389,9 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     headers.set("accept-encoding", "identity");
     const answer = await fetch(to, { method: request.method, headers, body, signal: request.signal, ...ON_WIRE });
     const head = { status: answer.status, statusText: answer.statusText, headers: passHeaders(answer.headers) };
-    if (!answer.body) return recorder.end(new Response(null, head));
-    return new Response(relay(answer, { isAsking, ...recorder }), head);
+    // Bun would not begin to read an answer for who has left.
+    if (!answer.body || request.signal.aborted) return recorder.end(new Response(null, head));
+    return new Response(relay(answer, { isAsking, signal: request.signal, ...recorder }), head);
   }
 
   const server = Bun.serve({
@@ -1676,10 +1679,9 @@ export function formatCheck(info: Info, { now, isColoured }: { now: number; isCo
   }
   const width = Math.max(...rows.map(({ name }) => name.length));
   const table = rows.map(({ name, value }) => `${name.padEnd(width)}  ${value}\n`).join("");
-  const verdict = { none: "closed", cost: "open", allowance: "open", unknown: "unknown" }[info.reason];
-  const colour = { none: 32, cost: 31, allowance: 31, unknown: 33 }[info.reason];
+  const verdict = info.reason === "unknown" ? "unknown" : info.open ? "open" : "closed";
   const age = info.asOf === null ? "" : `${info.source}, ${info.ageSeconds} s ago\n`;
-  return `${table}${paint(colour, verdict)}: ${info.message}\n${age}`;
+  return `${table}${paint({ closed: 32, open: 31, unknown: 33 }[verdict], verdict)}: ${info.message}\n${age}`;
 }
 
 async function check(given: World): Promise<number> {
@@ -1695,10 +1697,8 @@ async function check(given: World): Promise<number> {
 
 /** MCP on stdin and stdout until the end of input; each call asks the running breaker. */
 async function speakMcp({ options, self, now, lines, print }: World): Promise<number> {
-  const explainNone = (error: unknown): Info => {
-    const unknown = describe({ now: now(), reading: UNSEEN, options, ...self });
-    return { ...unknown, open: true, message: messageOf(error), error: messageOf(error) };
-  };
+  const unknown = { ...describe({ now: now(), reading: UNSEEN, options, ...self }), open: true };
+  const explainNone = (error: unknown): Info => ({ ...unknown, message: messageOf(error), error: messageOf(error) });
   for await (const line of lines) {
     const isLong = Buffer.byteLength(line) > MAX_MCP_LINE_BYTES;
     const question = isLong ? answerError(undefined, { code: -32600, message: "Line Too Long" }) : readMcp(line);
@@ -1736,13 +1736,13 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
 }
 
 if (import.meta.main) {
-  const stderr = Bun.stderr.writer();
-  let waiting = 0;
+  let stderr: Bun.FileSink | null = null; // Not before it is needed: it keeps a shared pipe from blocking.
+  let [waiting, written] = [0, Promise.resolve()];
   /** Never waits for what it writes: the disk may be full, the reader asleep. */
   async function write(text: string): Promise<void> {
     if (waiting++ >= 1000) return void waiting--; // A hook has 990 lines at once.
     try {
-      stderr.write(text);
+      (stderr ??= Bun.stderr.writer()).write(text);
       await stderr.flush();
     } catch {} // Nobody is left to tell.
     waiting--;
@@ -1752,9 +1752,9 @@ if (import.meta.main) {
     now: Date.now,
     lines: console,
     print: (text) => Bun.write(Bun.stdout, text),
-    log: (text) => void write(`${text}\n`),
+    log: (text) => void (written = write(`${text}\n`)),
     isColoured: isatty(1) && !process.env["NO_COLOR"],
   });
-  await Promise.race([write(""), Bun.sleep(SECOND)]);
+  await Promise.race([written, Bun.sleep(SECOND)]);
   process.exit(code);
 }
