@@ -4505,9 +4505,10 @@ suite("turns", () => {
   });
 
   test.each([
-    ["a long piece", `data: ${"x".repeat(20_000)}`],
-    ["300 events that tell nothing", "data: 1\n\n".repeat(300)],
-  ])("streams that send %s at once are read in turns", async (_, piece) => {
+    ["a long piece", `data: ${"x".repeat(20_000)}`, "text/event-stream"],
+    ["300 events that tell nothing", "data: 1\n\n".repeat(300), "text/event-stream"],
+    ["a long piece that nobody reads", "x".repeat(20_000), "application/octet-stream"],
+  ])("streams that send %s at once are passed on in turns", async (_, piece, type) => {
     const released = Promise.withResolvers<void>();
     let [waiting, read] = [0, 0];
     async function* body() {
@@ -4515,7 +4516,7 @@ suite("turns", () => {
       await released.promise;
       yield Buffer.from(piece);
     }
-    const headers = { "content-type": "text/event-stream" };
+    const headers = { "content-type": type };
     using _fetch = answerFetch(() => new Response(body(), { headers }));
     const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs", "--allowance", "*=1G"]);
     const gateway = startGateway({ ...world, log: () => void read++ }, watch); // A line is logged at the end of each.
