@@ -302,7 +302,7 @@ async function serve(
     ask: (question: string) => ask(question, address),
     info: async (): Promise<Info> => JSON.parse(await ask("INFO", address)),
     async [Symbol.asyncDispose]() {
-      process.emit("SIGTERM");
+      process.emit("SIGTERM", "SIGTERM");
       expect(await done).toBe(0);
     },
   };
@@ -1673,10 +1673,10 @@ suite("the watch", () => {
     const done = main(argv, surround({ env }));
     await until(() => account.requests.length === 1);
     key = "sk-admin-another";
-    process.emit("SIGHUP");
+    process.emit("SIGHUP", "SIGHUP");
     await until(() => account.requests.length === 2);
     expect(account.requests[1]?.headers.get("authorization")).toBe("Bearer sk-admin-another");
-    process.emit("SIGTERM");
+    process.emit("SIGTERM", "SIGTERM");
     expect(await done).toBe(0);
   });
 
@@ -1690,7 +1690,7 @@ suite("the watch", () => {
     await using breaker = await serve(["--base-url", account.base, "--source", "costs"], { env });
     expect(await breaker.ask("STATUS")).toBe("FALSE");
     writeFileSync(file, "sk-admin-another");
-    process.emit("SIGHUP");
+    process.emit("SIGHUP", "SIGHUP");
     await until(async () => (await breaker.info()).error);
     expect(await breaker.info()).toMatchObject({ open: true, reason: "unknown", asOf: null });
   });
@@ -3350,6 +3350,20 @@ suite("passing on", () => {
     expect(askForUsage(body)).toBe(expected);
   });
 
+  test("is read with 900,000 commas in a text, or 20 likely tokens for each of 1,500", () => {
+    expect(askForUsage(JSON.stringify({ stream: true, data: "1,".repeat(900_000) }))).toContain("include_usage");
+    const likely = { token: "token", logprob: -1.5, bytes: [1, 2, 3, 4, 5] };
+    const content = Array<object>(1500).fill({ ...likely, top_logprobs: Array<object>(20).fill(likely) });
+    const text = JSON.stringify({ ...chat(), choices: [{ index: 0, logprobs: { content } }] });
+    expect(AnswerSchema.parse(readJson(text))).toMatchObject({ usage: 120 });
+  });
+
+  test("is not read with 200,000 members, or a million items", () => {
+    const items = (length: number) => readJson(JSON.stringify(Array<number>(length).fill(0)));
+    expect([readJson(listMembers(199_000)), items(999_000)]).not.toContain(undefined);
+    expect([readJson(listMembers(201_000)), items(1_001_000)]).toEqual([undefined, undefined]);
+  });
+
   const spendings: [string, unknown, [number | null, string] | null][] = [
     ["a chat", chat(), [120, MODEL]],
     ["the last event of a chat stream", chat({ object: "chat.completion.chunk", choices: [] }), [120, MODEL]],
@@ -3724,34 +3738,29 @@ suite("the gateway", () => {
     expect(openai.calls[1]?.body).toBe('{"stream":true}');
   });
 
-  test("all that is held together stays below 128 MiB: what would be too much passes unread", async () => {
-    const long = "x".repeat(3 * 2 ** 20);
-    using openai = await startOpenAi((call, response) => {
-      json(chat({ padding: call.url.endsWith("/long") ? long : "" }))(call, response);
-    });
+  test("a long request waits where very much is held of others; a short one, and what answers tell, does not", async () => {
+    using openai = await startOpenAi((call, response) =>
+      events(chunks({ isAsked: call.body.includes("include_usage") }))(call, response),
+    );
     await using breaker = await serveGateway(openai);
-    /** Whether a long request is asked for its usage, and how many tokens are counted of a long and a short answer. */
-    const tryLong = async () => {
-      const before = (await breaker.used()) ?? 0;
-      await (await breaker.post("/chat/completions", { stream: true, long })).text();
-      const isAsked = openai.calls.at(-1)?.body.includes("include_usage");
-      await (await breaker.post("/long", {})).text();
-      return { isAsked, counted: ((await breaker.used()) ?? 0) - before };
-    };
-    expect(await tryLong()).toEqual({ isAsked: true, counted: 240 });
     const { host, port } = new URL(breaker.gateway);
-    const stalled = [...Array<number>(12).fill(8), 8, 6, 4.5, 3.25].map((mebibytes) => {
+    const stalled: ReturnType<typeof connect>[] = [];
+    for (let left = 2 ** 26; left > 200_000; left -= Math.min(Math.floor(left / 4), 2 ** 23)) {
       const socket = connect({ port: Number(port), host: "127.0.0.1" }).on("error", () => {});
-      socket.write(
-        `POST /v1/chat/completions HTTP/1.1\r\nHost: ${host}\r\nContent-Length: ${mebibytes * 2 ** 20}\r\n\r\n`,
-      );
-      return socket;
-    });
-    await until(async () => !(await tryLong()).isAsked);
-    expect(await tryLong()).toEqual({ isAsked: false, counted: 120 });
+      const size = Math.min(Math.floor(left / 4), 2 ** 23);
+      socket.write(`POST /v1/chat/completions HTTP/1.1\r\nHost: ${host}\r\nContent-Length: ${size}\r\n\r\n`);
+      stalled.push(socket);
+      await talkHttp(breaker.gateway, ["GET / HTTP/1.1", `Host: ${host}`, "Connection: close"]); // Answered after that.
+    }
+    const send = async (more: object) =>
+      await (await breaker.post("/chat/completions", { stream: true, ...more })).text();
+    await send({});
+    const long = send({ long: "x".repeat(100_000) });
+    await send({});
+    expect([openai.calls.length, await breaker.used()]).toEqual([2, 240]);
     for (const socket of stalled) socket.destroy();
-    await until(async () => (await tryLong()).isAsked);
-    expect(await tryLong()).toEqual({ isAsked: true, counted: 240 });
+    await long;
+    expect([openai.calls.length, await breaker.used()]).toEqual([3, 360]);
   });
 
   test("what comes behind an event that is too long to be held is counted", async () => {
@@ -3816,9 +3825,11 @@ suite("the gateway", () => {
   /** Has an answer of the gateway sent piece by piece, each once the one before has come through; gives what came. */
   async function sendPieces(pieces: string[], prepare: (gateway: string) => Promise<unknown> = async () => {}) {
     const upstream = Promise.withResolvers<ServerResponse>();
-    using openai = await startOpenAi((_, response) => {
-      upstream.resolve(response.writeHead(200, { "content-type": "text/event-stream" }));
-      response.write(pieces[0]);
+    using openai = await startOpenAi(({ url }, response) => {
+      response.writeHead(200, { "content-type": "text/event-stream" });
+      const [, size] = /held\/(\d+)/.exec(url) ?? [];
+      response.write(size ? ":".repeat(Number(size)) : pieces[0]);
+      if (!size) upstream.resolve(response);
     });
     await using breaker = await serveGateway(openai);
     await prepare(breaker.gateway);
@@ -3870,17 +3881,15 @@ suite("the gateway", () => {
     },
   );
 
-  /** Has so many requests wait for the rest of their bodies that little of what may be held is left: some 100 KiB. */
+  /** Has so many answers wait for the rest of an event that little of what may be held is left: some 250 KiB. */
   async function leaveLittle(gateway: string): Promise<void> {
-    const { port, host } = new URL(gateway);
-    for (let [left, i] = [2 ** 27, 0]; i < 32; i++) {
-      const size = Math.min(Math.floor(left / 4), 2 ** 23);
+    for (let left = 2 ** 26; left > 300_000;) {
+      const size = Math.min(Math.floor(left / 4), 2 ** 23) - 30_000; // Some is taken for the pieces.
+      const answer = await fetch(`${gateway}/held/${size}`);
+      let come = 0;
+      const reader = answer.body?.getReader();
+      while (come < size) come += (await reader?.read())?.value?.length ?? size;
       left -= size;
-      const head = `POST /v1/chat/completions HTTP/1.1\r\nHost: ${host}\r\nContent-Length: ${size}\r\n\r\n{`;
-      connect({ port: Number(port), host: "127.0.0.1" })
-        .on("error", () => {})
-        .write(head);
-      await talkHttp(gateway, ["GET / HTTP/1.1", `Host: ${host}`, "Connection: close"]); // Answered after that.
     }
   }
 
@@ -3894,7 +3903,7 @@ suite("the gateway", () => {
   });
 
   test("an event of more pieces than may be held passes unread", async () => {
-    const sent = `: ${"x".repeat(300)}\n${usageEvent("a")}`;
+    const sent = `: ${"x".repeat(700)}\n${usageEvent("a")}`;
     const { text, used } = await sendPieces([...sent], leaveLittle);
     expect(text).toBe(sent);
     expect(used).toBe(0);
@@ -4238,7 +4247,7 @@ suite("the gateway", () => {
     renameSync(`${file}.part`, file);
     await early;
     writeFileSync(file, "relay-9876543210");
-    process.emit("SIGHUP");
+    process.emit("SIGHUP", "SIGHUP");
     await until(() => openai.keys.has("Bearer relay-9876543210"));
     await ask("/late");
     const lines = await until(() => {
@@ -4590,40 +4599,96 @@ suite("turns", () => {
     await gateway.stop();
   });
 
-  test("requests that wait and leave let no other pass", async () => {
-    let sent = 0;
-    /** Of a fetch: it hangs until it is aborted. */
-    const hang = (_: unknown, { signal }: RequestInit = {}) => {
+  /** A gateway with room for one request; those that it sends on hang until they are ended here, or aborted. */
+  function startNarrow({ onLine = () => {}, ...given }: Partial<Watch> & { onLine?: () => void } = {}) {
+    const sent: { url: string; end: () => void }[] = [];
+    const hang = (url: unknown, { signal }: RequestInit = {}) => {
       const answer = Promise.withResolvers<Response>();
       const abort = () => answer.reject(signal?.reason);
       signal?.addEventListener("abort", abort);
       if (signal?.aborted) abort();
-      else sent++;
+      else sent.push({ url: String(url), end: () => answer.resolve(new Response("{}")) });
       return answer.promise;
     };
     const mocked = Object.assign(hang, { preconnect: fetch.preconnect });
-    using _fetch = spyOn(globalThis, "fetch").mockImplementation(mocked);
-    const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs"]);
-    let lines = 0;
-    const env = { BUN_CONFIG_MAX_HTTP_REQUESTS: "57" }; // Leaves room for one.
-    const gateway = startGateway({ ...world, env, log: () => void lines++ }, watch);
+    const restored = spyOn(globalThis, "fetch").mockImplementation(mocked);
+    const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs", "--allowance", "*=1G"]);
+    let [lines, begun] = [0, 0];
+    const log = () => {
+      lines++;
+      onLine();
+    };
+    const env = { BUN_CONFIG_MAX_HTTP_REQUESTS: "57" };
+    const gateway = startGateway({ ...world, env, log }, { ...watch, ...given });
     const { port, hostname, host } = new URL(gateway.url);
-    const send = () => {
+    const send = (line: string, rest = "\r\n") => {
       const socket = connect({ port: Number(port), host: hostname }).on("error", () => {});
-      socket.write(`GET /v1/models HTTP/1.1\r\nHost: ${host}\r\n\r\n`);
+      socket.write(`${line} HTTP/1.1\r\nHost: ${host}\r\n${rest}`);
+      begun++;
       return socket;
     };
-    const staying = Array.from({ length: 20 }, send);
-    await until(() => sent === 1);
-    const leaving = Array.from({ length: 20 }, send);
-    await talkHttp(gateway.url, ["GET / HTTP/1.1", `Host: ${host}`, "Connection: close"]); // Answered after them.
+    return {
+      sent,
+      send,
+      lines: () => lines,
+      /** Once this is answered, all that was sent before has come. */
+      settle: () => (begun++, talkHttp(gateway.url, ["GET / HTTP/1.1", `Host: ${host}`, "Connection: close"])),
+      async end(sockets: ReturnType<typeof connect>[]) {
+        for (const socket of sockets) socket.destroy();
+        await until(() => lines === begun);
+        restored.mockRestore();
+        stop.abort();
+        await gateway.stop();
+      },
+    };
+  }
+
+  test("requests that wait and leave let no other pass", async () => {
+    const { sent, send, lines, settle, end } = startNarrow();
+    const staying = Array.from({ length: 20 }, () => send("GET /v1/staying"));
+    await until(() => sent.length === 1);
+    const leaving = Array.from({ length: 20 }, () => send("GET /v1/leaving"));
+    await settle();
     for (const socket of leaving) socket.resetAndDestroy();
-    await until(() => lines === 1 + leaving.length);
-    expect(sent).toBe(1);
-    for (const socket of staying) socket.destroy();
-    await until(() => lines === 1 + leaving.length + staying.length);
-    stop.abort();
-    await gateway.stop();
+    await until(() => lines() === 1 + leaving.length);
+    expect(sent).toHaveLength(1);
+    await end(staying);
+  });
+
+  test("who comes when a place is free goes behind those who wait for one", async () => {
+    const sockets: ReturnType<typeof connect>[] = [];
+    let isWaiting = false;
+    const onLine = () => {
+      if (isWaiting) sockets.push(send("GET /v1/new"));
+      isWaiting = false;
+    };
+    const { sent, send, settle, end } = startNarrow({ onLine });
+    sockets.push(send("GET /v1/first"));
+    await until(() => sent.length === 1);
+    for (let i = 0; i < 3; i++) sockets.push(send("GET /v1/waiting"));
+    await settle();
+    isWaiting = true;
+    sent[0]?.end();
+    await until(() => sent.length === 2);
+    expect(sent[1]?.url).toEndWith("/v1/waiting");
+    await end(sockets);
+  });
+
+  test("a request whose body comes when all has slept waits for a look, as a new one does", async () => {
+    const never = Promise.withResolvers<void>();
+    let [asked, settled]: [number, Promise<void> | null] = [0, null];
+    const { sent, send, settle, end } = startNarrow({ whenSettled: () => (asked++, settled) });
+    const body = '{"stream":true}';
+    const socket = send("POST /v1/chat/completions", `Content-Length: ${body.length}\r\n\r\n`);
+    await settle();
+    settled = never.promise;
+    const before = asked;
+    socket.write(body);
+    await until(() => asked > before + 2);
+    expect(sent).toHaveLength(0);
+    settled = null;
+    await until(() => sent.length === 1);
+    await end([socket]);
   });
 
   test("of who has left, a long piece of a stream is not read to its end", async () => {

@@ -250,11 +250,11 @@ type Json = Record<string, unknown>;
 const ListSchema = z.array(z.unknown());
 const RowsSchema = ListSchema.optional();
 
-const MAX_MARKS = 400_000; // What has more is not read: 8 MiB of them take a second, and half a gigabyte.
+const isOver = (text: string, mark: RegExp, max: number) => text.length > max && text.split(mark, max).length >= max;
 
 /** Parses JSON; undefined for a text that is none, or has too many members, lists and items. */
 function parseJson(text: string, revive?: (key: string, value: unknown, of?: { source: string }) => unknown): unknown {
-  if (text.length > MAX_MARKS && text.split(/[[{:,]/, MAX_MARKS).length >= MAX_MARKS) return undefined;
+  if (isOver(text, /:/, 200_000) || isOver(text, /[[{,]/, 1_000_000)) return undefined; // 8 MiB of them take a second.
   try {
     return JSON.parse(text, revive);
   } catch {
@@ -837,9 +837,8 @@ function kill(pid: number, signal: NodeJS.Signals | 0): boolean {
 /** Lets `hear` have the signals that end a command, or that it makes something of, until `end`. */
 function hearSignals(hear: (name: NodeJS.Signals) => void, end: AbortSignal): void {
   for (const name of ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2"] as const) {
-    const listener = () => hear(name);
-    process.on(name, listener);
-    end.addEventListener("abort", () => process.off(name, listener));
+    process.on(name, hear);
+    end.addEventListener("abort", () => process.off(name, hear));
   }
 }
 
@@ -1263,6 +1262,7 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
 // Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
+const MAX_BODY_BYTES = 8 * 1024 * 1024;
 const MAX_IDS = 100_000; // So many take 10 MiB; all are forgotten then, and an answer that is polled counts again.
 
 type Recorder = { hold(size: number): boolean; read(part: string): Promise<unknown>; end(answer: Response): Response };
@@ -1307,7 +1307,8 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   /** What answers have told today, by id: one that is polled tells it again, a stream may tell it as it grows. */
   let counted = { day: "", ids: new Map<number, number>() };
   const underWay = new Set<Request>();
-  let left = 8 * MAX_HELD_BYTES; // of what may be held of all bodies
+  /** What may be held of all bodies; requests wait for it, answers pass unread where there is none. */
+  const [requests, answers] = [{ left: 4 * MAX_HELD_BYTES }, { left: 4 * MAX_HELD_BYTES }];
   /** Bun sends so many requests at once: more would wait in it, past a trip, and the looks behind them. */
   const room = Math.max(Math.min((Number.parseInt(env["BUN_CONFIG_MAX_HTTP_REQUESTS"] ?? "") || 256) - 56, 200), 1);
 
@@ -1322,18 +1323,18 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   }
 
   /** What is kept of a request until its answer ends, which writes a line to the log. */
-  function createRecorder(request: Request): Recorder {
-    const { method, url, headers } = request;
+  function createRecorder(request: Request, { method, url, headers } = request) {
     const values = [...headers].flatMap(([name, value]) => (/auth|key|token|cookie/.test(name) ? value : []));
     const beganMs = performance.now();
     let told: Spending | null = null;
-    let [held, parts] = [0, 0];
+    let [held, parts, pool] = [0, 0, requests];
     /** Whether so much may be held in place of what was: 8 MiB, and a quarter of what all others leave, at most. */
-    const hold = (size: number) => {
-      left += held;
-      held = size <= Math.min(left / 4, MAX_HELD_BYTES / 2) ? size : 0;
-      left -= held;
-      return held === size;
+    const hold = (size: number, next = answers) => {
+      pool.left += held;
+      pool = next;
+      held = size <= Math.min(pool.left / 4, MAX_BODY_BYTES) ? size : 0;
+      pool.left -= held;
+      return held === size || size <= TURN.bytes; // What is small may always be held.
     };
     /** Gives the JSON of a part of the answer, and counts what it tells; most events of a stream tell nothing. */
     const read = async (part: string) => {
@@ -1361,23 +1362,24 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   }
 
   /** What to send on of a request, once it can be decided on, and whether that asks for the usage of a stream. */
-  async function prepareBody(request: Request, { hold }: Pick<Recorder, "hold">) {
-    const isGone = () => request.signal.aborted;
+  async function prepareBody(request: Request, { hold }: Pick<ReturnType<typeof createRecorder>, "hold">) {
     const pauseMs = () => Math.max(50, server.pendingRequests / 4); // Four of them look in a ms, however many wait.
-    const standBy = (holds: () => boolean) => waitWhile(() => holds() && !isGone(), Infinity, pauseMs);
+    const standBy = (holds: () => boolean) => waitWhile(() => holds() && !request.signal.aborted, Infinity, pauseMs);
     await standBy(() => watch.whenSettled() !== null);
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const isAskable = isChat && options.allowances.length > 0 && !watch.describe().open;
-    const isRead = isAskable && hold(Number(request.headers.get("content-length") ?? Infinity));
-    const text = isRead ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
-    const asking = text === null ? null : await takeTurn(() => (isGone() ? null : askForUsage(text)));
+    const size = Number(request.headers.get("content-length") ?? Infinity);
+    const isAskable = isChat && options.allowances.length > 0 && size <= MAX_BODY_BYTES;
+    const isHeld = isAskable && (await standBy(() => !watch.describe().open && !hold(size, requests)));
+    const text = isHeld && !watch.describe().open ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
+    const asking = text === null ? null : await takeTurn(() => (request.signal.aborted ? null : askForUsage(text)));
+    if (server.pendingRequests > room) await Bun.sleep(pauseMs()); // Who comes goes behind all who wait.
     const enters = () => underWay.size < room && Boolean(underWay.add(request));
-    await standBy(() => !watch.describe().open && !enters());
+    await standBy(() => watch.whenSettled() !== null || (!watch.describe().open && !enters()));
     return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: Boolean(asking) };
   }
 
   /** Sends a request on where it may pass, and gives its answer while that comes. */
-  async function pass(request: Request, recorder: Recorder): Promise<Response> {
+  async function pass(request: Request, recorder: ReturnType<typeof createRecorder>): Promise<Response> {
     await takeTurn(() => {}); // Many may have come in one moment.
     const refusal = screen(request, server.port ?? 0);
     if (refusal) return recorder.end(refusal);
@@ -1389,8 +1391,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     headers.set("accept-encoding", "identity");
     const answer = await fetch(to, { method: request.method, headers, body, signal: request.signal, ...ON_WIRE });
     const head = { status: answer.status, statusText: answer.statusText, headers: passHeaders(answer.headers) };
-    // Bun would not begin to read an answer for who has left.
-    if (!answer.body || request.signal.aborted) return recorder.end(new Response(null, head));
+    if (!answer.body || request.signal.aborted) return recorder.end(new Response(null, head)); // Nobody reads it.
     return new Response(relay(answer, { isAsking, signal: request.signal, ...recorder }), head);
   }
 
@@ -1478,7 +1479,7 @@ async function askInfo(address: Address): Promise<Info> {
 /** What `ps` prints; nothing where it finds none, or is not there. */
 function runPs(...args: string[]): string {
   const ps = Bun.which("ps", { PATH: "/usr/bin:/bin" });
-  return ps ? Bun.spawnSync([ps, "-ww", ...args], { env: {} }).stdout.toString() : "";
+  return ps ? Bun.spawnSync([ps, "-ww", ...args], { env: { LC_ALL: "C.UTF-8" } }).stdout.toString() : "";
 }
 
 /** Whether `pid` is a breaker that serves from this file at `port`, as far as its arguments tell. */
@@ -1702,8 +1703,7 @@ async function speakMcp({ options, self, now, lines, print }: World): Promise<nu
   for await (const line of lines) {
     const isLong = Buffer.byteLength(line) > MAX_MCP_LINE_BYTES;
     const question = isLong ? answerError(undefined, { code: -32600, message: "Line Too Long" }) : readMcp(line);
-    const info = question.needsLook ? await askInfo(options).catch(explainNone) : explainNone("");
-    const reply = question.reply(info);
+    const reply = question.reply(question.needsLook ? await askInfo(options).catch(explainNone) : explainNone(""));
     if (reply !== null) await print(`${reply}\n`);
     if (isLong) break;
   }
