@@ -3738,6 +3738,24 @@ suite("the gateway", () => {
     expect(openai.calls[1]?.body).toBe('{"stream":true}');
   });
 
+  test.each([
+    "http:/HOST/v1/x",
+    "http:HOST/v1/x",
+    "http:\\\\HOST\\v1\\x",
+    "https:/HOST/v1/x",
+    "file:///v1/x",
+    "HOST/v1/x",
+  ])("CONNECT %s leads nowhere else", async (target) => {
+    let hits = 0;
+    using other = Bun.serve({ hostname: "127.0.0.1", port: 0, fetch: () => new Response(`${hits++}`) });
+    using openai = await startOpenAi(json({}));
+    await using breaker = await serveGateway(openai);
+    const line = `CONNECT ${target.replace("HOST", `127.0.0.1:${other.port}`)} HTTP/1.1`;
+    const head = [line, `Host: ${new URL(breaker.gateway).host}`, "Connection: close"];
+    expect(await talkHttp(breaker.gateway, head)).toMatch(/^HTTP\/1.1 40[04] /);
+    expect([hits, openai.calls.length]).toEqual([0, 0]);
+  });
+
   test("a long request waits where very much is held of others; a short one, and what answers tell, does not", async () => {
     using openai = await startOpenAi((call, response) =>
       events(chunks({ isAsked: call.body.includes("include_usage") }))(call, response),

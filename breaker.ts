@@ -759,7 +759,7 @@ export function screen({ url, headers }: Pick<Request, "url" | "headers">, port:
   if (isFromPage || !hosts.includes(headers.get("host")?.toLowerCase() ?? "")) {
     return refuse("not_allowed", "This gateway is for programs on this machine, not for web pages");
   }
-  const isBase = new URL(url).pathname.startsWith("/v1/"); // Only now: a Host can make the URL none.
+  const isBase = /^http:\/\/[^/]*\/v1\//.test(url) && new URL(url).pathname.startsWith("/v1/"); // Even of a CONNECT.
   if (!isBase) return refuse("not_found", `The base URL of this gateway is http://127.0.0.1:${port}/v1`);
   const isSocket = headers.get("upgrade")?.toLowerCase() === "websocket";
   return isSocket ? refuse("no_websocket", "This gateway speaks no WebSocket; use HTTP") : null;
