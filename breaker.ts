@@ -18,10 +18,11 @@
  * It reads from top to bottom, first what is pure; importing it does nothing. The project's README.md says the rest.
  * @module
  */
+import { write } from "node:fs";
 import { basename } from "node:path";
 import { setImmediate as nextRound } from "node:timers/promises";
 import { isatty } from "node:tty";
-import { parseArgs } from "node:util";
+import { parseArgs, promisify } from "node:util";
 import { z } from "zod@4.6.7";
 
 export const VERSION = "1.1.0";
@@ -81,7 +82,6 @@ const entry = str.regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expec
 const shellCommand = str.meta({ takes: "CMD", expects: "a shell command" });
 const projects = z.array(str.regex(/^[\w-]+$/)).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
 const limits = z.array(allowance).meta({ takes: "MODELS=TOKENS", expects: "MODELS=TOKENS such as *-mini*=10M" });
-/** An http URL sends the key in the clear: only to this machine. */
 const apiUrl = z
   .url({ protocol: /^https?$/ })
   .regex(/^[^?#]*$/)
@@ -250,11 +250,12 @@ type Json = Record<string, unknown>;
 const ListSchema = z.array(z.unknown());
 const RowsSchema = ListSchema.optional();
 
+const INDEX = /"(?:\d|\\u003\d){1,5}"\s*:/; // A member named 999 makes an object a list of 1,000.
 const isOver = (text: string, mark: RegExp, max: number) => text.length > max && text.split(mark, max).length >= max;
 
 /** Parses JSON; undefined for a text that is none, or has too many members, lists and items. */
 function parseJson(text: string, revive?: (key: string, value: unknown, of?: { source: string }) => unknown): unknown {
-  if (isOver(text, /:/, 200_000) || isOver(text, /[[{,]/, 1_000_000)) return undefined; // 8 MiB of them take a second.
+  if (isOver(text, /:/, 200_000) || isOver(text, /[[{,]/, 600_000) || isOver(text, INDEX, 2000)) return undefined;
   try {
     return JSON.parse(text, revive);
   } catch {
@@ -1342,8 +1343,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
       const isMuch = !isSilent || part.length > TURN.bytes || ++parts % 256 === 0;
       const work = () => (isSilent ? undefined : readJson(part));
       const json = isMuch ? await takeTurn(work) : work();
-      if (json === undefined) return undefined;
-      const spending = AnswerSchema.safeParse(json).data;
+      const spending = json === undefined ? undefined : AnswerSchema.safeParse(json).data;
       if (spending) countOnce(spending);
       if (spending && (told?.usage ?? -1) <= (spending.usage ?? -1)) told = spending;
       return json;
@@ -1476,10 +1476,14 @@ async function askInfo(address: Address): Promise<Info> {
 
 // ── Effects: stop and exec ──────────────────────────────────────────────────────────────────────
 
-/** What `ps` prints; nothing where it finds none, or is not there. */
+/** What `ps` prints; nothing where it finds none, is not there, or cannot be started. */
 function runPs(...args: string[]): string {
-  const ps = Bun.which("ps", { PATH: "/usr/bin:/bin" });
-  return ps ? Bun.spawnSync([ps, "-ww", ...args], { env: { LC_ALL: "C.UTF-8" } }).stdout.toString() : "";
+  try {
+    const ps = Bun.which("ps", { PATH: "/usr/bin:/bin" }) ?? "";
+    return Bun.spawnSync([ps, "-ww", ...args], { env: { LC_ALL: "C.UTF-8" } }).stdout.toString();
+  } catch {
+    return "";
+  }
 }
 
 /** Whether `pid` is a breaker that serves from this file at `port`, as far as its arguments tell. */
@@ -1736,23 +1740,19 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
 }
 
 if (import.meta.main) {
-  let stderr: Bun.FileSink | null = null; // Not before it is needed: it keeps a shared pipe from blocking.
-  let [waiting, written] = [0, Promise.resolve()];
-  /** Never waits for what it writes: the disk may be full, the reader asleep. */
-  async function write(text: string): Promise<void> {
-    if (waiting++ >= 1000) return void waiting--; // A hook has 990 lines at once.
-    try {
-      (stderr ??= Bun.stderr.writer()).write(text);
-      await stderr.flush();
-    } catch {} // Nobody is left to tell.
-    waiting--;
+  const pending: string[] = [];
+  let written: Promise<unknown> = Promise.resolve();
+  /** Writes in a thread, since who reads may be asleep (a full pipe, a stopped terminal), or gone: then nobody is told. */
+  function log(text: string): void {
+    if (pending.push(`${text}\n`) > 10_000) return void pending.pop();
+    written = written.then(async () => pending[0] && promisify(write)(2, pending.splice(0).join(""))).catch(() => {});
   }
   const code = await main(Bun.argv.slice(2), {
     env: { ...process.env },
     now: Date.now,
     lines: console,
     print: (text) => Bun.write(Bun.stdout, text),
-    log: (text) => void (written = write(`${text}\n`)),
+    log,
     isColoured: isatty(1) && !process.env["NO_COLOR"],
   });
   await Promise.race([written, Bun.sleep(SECOND)]);
