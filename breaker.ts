@@ -254,17 +254,14 @@ const INDEX = /"(?:\d|\\u003\d){1,5}"\s*:/; // A member named 999 makes an objec
 const isOver = (text: string, mark: RegExp, max: number) => text.length > max && text.split(mark, max).length >= max;
 
 /** Parses JSON; undefined for a text that is none, or has too many members, lists and items. */
-function parseJson(text: string, revive?: (key: string, value: unknown, of?: { source: string }) => unknown): unknown {
+function parseJson(text: string): unknown {
   if (isOver(text, /:/, 200_000) || isOver(text, /[[{,]/, 600_000) || isOver(text, INDEX, 2000)) return undefined;
   try {
-    return JSON.parse(text, revive);
+    return JSON.parse(text);
   } catch {
     return undefined;
   }
 }
-
-/** Of JSON: a number that is too small for one stays its text, so that only zero is 0. */
-const keepTiny = (_: string, it: unknown, { source = "" } = {}) => (it === 0 && /[1-9]/.test(source) ? source : it);
 
 /** A cost in usd. */
 export const CostRowSchema = z
@@ -916,6 +913,8 @@ function advise(status: number, options: Options): string {
   return `${create} https://platform.openai.com/settings/organization/admin-keys ${store}`;
 }
 
+const TINY = /(?<=[\s:,[])([0.]*[1-9][\d.]*e-\d{3}|0\.0{200})/i; // A number that may be read as 0, though it is none.
+
 /** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
 async function readAnswer(response: Response, { options, now }: World): Promise<unknown> {
   const { status, headers } = response;
@@ -928,8 +927,9 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
   }
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
   const bytes = await readAll(response.body ?? new Blob([]).stream());
-  const body = parseJson(new TextDecoder("utf-8", { fatal: true }).decode(bytes), keepTiny);
-  if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
+  const text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
+  const body = TINY.test(text) ? undefined : parseJson(text);
+  if (body === undefined) throw new Error("the answer is not JSON, or holds too small a number; check --base-url");
   const { error } = JsonSchema.safeParse(body).data ?? {};
   if (error !== undefined && error !== null) throw new Error("the answer is an error with HTTP 200; check --base-url");
   return body;
