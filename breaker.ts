@@ -928,7 +928,7 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
   const bytes = await readAll(response.body ?? new Blob([]).stream());
   const text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  const body = TINY.test(text) ? undefined : parseJson(text);
+  const body = await takeTurn(() => (TINY.test(text) ? undefined : parseJson(text)));
   if (body === undefined) throw new Error("the answer is not JSON, or holds too small a number; check --base-url");
   const { error } = JsonSchema.safeParse(body).data ?? {};
   if (error !== undefined && error !== null) throw new Error("the answer is an error with HTTP 200; check --base-url");
