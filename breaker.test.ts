@@ -1167,6 +1167,7 @@ const truths: [string, Respond, Verdict, string?][] = [
   ["a very small cost as a string", body([bucket(0, "0.003627500000000000000000000000000000")]), "TRUE cost"],
   ["a cost too small for a number", body([bucket(0, "1E-6176")]), "TRUE cost"],
   ["a number that is too small for one", unquoted(page([bucket(0, "1E-6176")])), "TRUE unknown"],
+  ["a cost beside a number that is too small for one", unquoted(page([bucket(0, "1E-6176", 5)])), "TRUE cost"],
   ["a number with 230 zeros", unquoted(page([bucket(0, `0.${"0".repeat(230)}1E-99`)])), "TRUE unknown"],
   ["a zero with an exponent", unquoted(page([bucket(0, "0E-6176")])), "FALSE none"],
   ["a cost beside a larger credit", body([bucket(0, -5, 0.01)]), "TRUE cost"],
@@ -1504,7 +1505,7 @@ suite("the truth", () => {
         /HTTP 401; create an admin key/,
       ],
       [always(http("", { status: 404 })), /HTTP 404.*--base-url/],
-      [always(http("<html>")), /not JSON, or holds too small a number; check --base-url/],
+      [always(http("<html>")), /not JSON; check --base-url/],
     ];
     for (const [respond, expected] of refusals) {
       using account = startAccount(respond);

@@ -913,7 +913,7 @@ function advise(status: number, options: Options): string {
   return `${create} https://platform.openai.com/settings/organization/admin-keys ${store}`;
 }
 
-const TINY = /(?<=[\s:,[])([0.]*[1-9][\d.]*e-\d{3}|0\.0{200})/i; // A number that may be read as 0, though it is none.
+const TINY = /(?<=[\s:,[])([0.]*[1-9][\d.]*e-\d{3}|0\.0{200})[\d.e+-]*/gi; // May be read as 0, though it is none.
 
 /** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
 async function readAnswer(response: Response, { options, now }: World): Promise<unknown> {
@@ -928,8 +928,8 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
   const bytes = await readAll(response.body ?? new Blob([]).stream());
   const text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  const body = await takeTurn(() => (TINY.test(text) ? undefined : parseJson(text)));
-  if (body === undefined) throw new Error("the answer is not JSON, or holds too small a number; check --base-url");
+  const body = await takeTurn(() => parseJson(text.replace(TINY, "null")));
+  if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
   const { error } = JsonSchema.safeParse(body).data ?? {};
   if (error !== undefined && error !== null) throw new Error("the answer is an error with HTTP 200; check --base-url");
   return body;
