@@ -2320,6 +2320,21 @@ suite("commands", () => {
     expect((await run(["stop", "--port", port])).code).toBe(0);
   });
 
+  test("stop does not end an exec that something at the port names, its options first", async () => {
+    using account = startAccount(always(FREE));
+    await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);
+    const argv = [process.execPath, SCRIPT, "--timeout", "5s", "exec", "--", "cat"];
+    const env = { PATH: process.env["PATH"], HOME: process.env["HOME"], BREAKER_PORT: String(breaker.port) };
+    const guarded = leash(Bun.spawn(argv, { env, cwd: makeFolder(), stdio: ["pipe", "pipe", "ignore"] }));
+    guarded.stdin.write("ready\n");
+    guarded.stdin.flush();
+    await guarded.stdout.getReader().read();
+    using liar = startLiar(`${JSON.stringify({ ...(await breaker.info()), pid: guarded.pid })}\n`);
+    expect((await run(["stop", "--port", liar.port])).code).toBe(69);
+    guarded.stdin.end();
+    expect(await guarded.exited).toBe(0);
+  });
+
   test("stop within this process waits until the breaker is gone", async () => {
     using account = startAccount(always(FREE));
     await using breaker = await spawnBreaker(["--base-url", account.base, "--source", "costs"], withKey);

@@ -1492,7 +1492,7 @@ function isBreaker(pid: number, port: number): boolean {
   const form = new RegExp(`^(?=\\S*bun)\\S+ (run )?(-\\S+ )*(${path}|(\\S*/)?${name})( serve)?(?<options> --.*)?$`);
   const found = form.exec(runPs("-o", "args=", "-p", String(pid)).trimEnd())?.groups;
   const ports = [...(found?.["options"] ?? "").matchAll(/ --port[= ](\d+)/g)].map(([, digits]) => Number(digits));
-  return found !== undefined && [0, port].includes(ports.at(-1) ?? port);
+  return found !== undefined && !found["options"]?.includes(" exec -- ") && [0, port].includes(ports.at(-1) ?? port);
 }
 
 /** Ends the breaker that answers, and waits until it is gone; throws where that cannot be. */
