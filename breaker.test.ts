@@ -1126,6 +1126,13 @@ const always =
   () =>
     answer;
 const body = (data: unknown): Respond => always(http(page(data)));
+/** Has a cost on its second page, which only its own cursor leads to. */
+const pagesBy =
+  (cursor: string): Respond =>
+  ({ query }) => {
+    if (query.get("page") === null) return http(page([], cursor));
+    return http(page(query.get("page") === cursor ? [bucket(0, 1)] : []));
+  };
 /** Its strings of digits are numbers. */
 const unquoted = (data: unknown): Respond => always(http(JSON.stringify(data).replace(/"([\d.]+E-\d+)"/g, "$1")));
 const dated = (offsetMs: number) => ({ headers: { Date: new Date(Date.now() + offsetMs).toUTCString() } });
@@ -1166,9 +1173,16 @@ const truths: [string, Respond, Verdict, string?][] = [
   ["a cost yesterday", body([bucket(1, 0.01), bucket(0, 0)]), "TRUE cost"],
   ["a very small cost as a string", body([bucket(0, "0.003627500000000000000000000000000000")]), "TRUE cost"],
   ["a cost too small for a number", body([bucket(0, "1E-6176")]), "TRUE cost"],
-  ["a number that is too small for one", unquoted(page([bucket(0, "1E-6176")])), "TRUE unknown"],
+  ["a number that is too small for one", unquoted(page([bucket(0, "1E-6176")])), "TRUE cost"],
   ["a cost beside a number that is too small for one", unquoted(page([bucket(0, "1E-6176", 5)])), "TRUE cost"],
-  ["a number with 230 zeros", unquoted(page([bucket(0, `0.${"0".repeat(230)}1E-99`)])), "TRUE unknown"],
+  ["a number with 230 zeros", unquoted(page([bucket(0, `0.${"0".repeat(230)}1E-99`)])), "TRUE cost"],
+  ["a zero with 230 zeros", unquoted(page([bucket(0, `0.${"0".repeat(230)}E-99`)])), "FALSE none"],
+  ["a cursor that looks like a number that is too small", pagesBy("org:1234567e-1234, 1e-400"), "TRUE cost"],
+  [
+    "a number that is too small for a currency",
+    unquoted(page([bucket(0, { value: 0, currency: "1E-400" })])),
+    "TRUE unknown",
+  ],
   ["a zero with an exponent", unquoted(page([bucket(0, "0E-6176")])), "FALSE none"],
   ["a cost beside a larger credit", body([bucket(0, -5, 0.01)]), "TRUE cost"],
   ["a cost in another currency", body([bucket(0, { value: 1, currency: "EUR" })]), "TRUE unknown"],
@@ -1294,7 +1308,7 @@ const truths: [string, Respond, Verdict, string?][] = [
     "billing",
   ],
   ["billing: a cost too small for a number", cents("1E-6176"), "TRUE cost", "billing"],
-  ["billing: a number that is too small for one", unquoted({ total_usage: "0.1E-400" }), "TRUE unknown", "billing"],
+  ["billing: a number that is too small for one", unquoted({ total_usage: "0.1E-400" }), "TRUE cost", "billing"],
   ["billing: a total beside a credit", cents(50, [daily(5, 100, -100)]), "TRUE cost", "billing"],
   ["billing: 0.4 cents", cents(0.4), "TRUE cost", "billing"],
   ["billing: a lifetime total", cents(1840.98), "TRUE cost", "billing"],
@@ -4674,13 +4688,13 @@ suite("turns", () => {
 
   /** A gateway with room for one request; those that it sends on hang until they are ended here, or aborted. */
   function startNarrow({ onLine = () => {}, ...given }: Partial<Watch> & { onLine?: () => void } = {}) {
-    const sent: { url: string; end: () => void }[] = [];
-    const hang = (url: unknown, { signal }: RequestInit = {}) => {
+    const sent: { url: string; body: unknown; end: () => void }[] = [];
+    const hang = (url: unknown, { signal, body }: RequestInit = {}) => {
       const answer = Promise.withResolvers<Response>();
       const abort = () => answer.reject(signal?.reason);
       signal?.addEventListener("abort", abort);
       if (signal?.aborted) abort();
-      else sent.push({ url: String(url), end: () => answer.resolve(new Response("{}")) });
+      else sent.push({ url: String(url), body, end: () => answer.resolve(new Response("{}")) });
       return answer.promise;
     };
     const mocked = Object.assign(hang, { preconnect: fetch.preconnect });
@@ -4745,6 +4759,25 @@ suite("turns", () => {
     await until(() => sent.length === 2);
     expect(sent[1]?.url).toEndWith("/v1/waiting");
     await end(sockets);
+  });
+
+  test("a request for a stream is asked for its usage also where the breaker closes while it waits", async () => {
+    let isOpen = false;
+    const { watch, stop } = prepareWorld([]);
+    const describe = () => ({ ...watch.describe(), open: isOpen });
+    const { sent, send, settle, end } = startNarrow({ describe });
+    const first = send("GET /v1/first");
+    await until(() => sent.length === 1);
+    isOpen = true;
+    const body = '{"stream":true}';
+    const second = send("POST /v1/chat/completions", `Content-Length: ${body.length}\r\n\r\n${body}`);
+    await settle();
+    isOpen = false;
+    sent[0]?.end();
+    await until(() => sent.length === 2);
+    expect(String(sent[1]?.body)).toContain("include_usage");
+    stop.abort();
+    await end([first, second]);
   });
 
   test("a request whose body comes when all has slept waits for a look, as a new one does", async () => {

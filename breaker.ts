@@ -236,6 +236,9 @@ export const AmountSchema = z
   .transform((value) => (/^[^e-]*[1-9]/i.test(String(value)) ? Math.max(Number(value), 1e-300) : Number(value)))
   .pipe(z.number().min(-1e15).max(1e15)); // So that no sum of them is infinite.
 
+const TOKENS = /"[^"\\]*(?:\\[^][^"\\]*)*"?|-?[\d.]+(?:e[+-]?\d+)?/gi; // Of JSON: the texts, the numbers.
+const raiseTiny = (token: string) => (Number(token) === 0 && /^[0.]*[1-9]/.test(token) ? "1e-300" : token);
+
 /** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
 export function formatDay(ms: number): string {
   return new Date(ms).toISOString().slice(0, 10);
@@ -249,7 +252,6 @@ const JsonSchema = z.custom<Json>((json) => json instanceof Object && !Array.isA
 type Json = Record<string, unknown>;
 const ListSchema = z.array(z.unknown());
 const RowsSchema = ListSchema.optional();
-
 const INDEX = /"(?:\d|\\u003\d){1,5}"\s*:/; // A member named 999 makes an object a list of 1,000.
 const isOver = (text: string, mark: RegExp, max: number) => text.length > max && text.split(mark, max).length >= max;
 
@@ -913,8 +915,6 @@ function advise(status: number, options: Options): string {
   return `${create} https://platform.openai.com/settings/organization/admin-keys ${store}`;
 }
 
-const TINY = /(?<=[\s:,[])([0.]*[1-9][\d.]*e-\d{3}|0\.0{200})[\d.e+-]*/gi; // May be read as 0, though it is none.
-
 /** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
 async function readAnswer(response: Response, { options, now }: World): Promise<unknown> {
   const { status, headers } = response;
@@ -928,7 +928,7 @@ async function readAnswer(response: Response, { options, now }: World): Promise<
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
   const bytes = await readAll(response.body ?? new Blob([]).stream());
   const text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  const body = await takeTurn(() => parseJson(text.replace(TINY, "null")));
+  const body = await takeTurn(() => parseJson(text.replace(TOKENS, raiseTiny)));
   if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
   const { error } = JsonSchema.safeParse(body).data ?? {};
   if (error !== undefined && error !== null) throw new Error("the answer is an error with HTTP 200; check --base-url");
@@ -1366,13 +1366,13 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     const pauseMs = () => Math.max(50, server.pendingRequests / 4); // Four of them look in a ms, however many wait.
     const standBy = (holds: () => boolean) => waitWhile(() => holds() && !request.signal.aborted, Infinity, pauseMs);
     await standBy(() => watch.whenSettled() !== null);
+    if (server.pendingRequests > room) await Bun.sleep(pauseMs()); // Who comes goes behind all who wait.
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
     const size = Number(request.headers.get("content-length") ?? Infinity);
     const isAskable = isChat && options.allowances.length > 0 && size <= MAX_BODY_BYTES;
     const isHeld = isAskable && (await standBy(() => !watch.describe().open && !hold(size, requests)));
     const text = isHeld && !watch.describe().open ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     const asking = text === null ? null : await takeTurn(() => (request.signal.aborted ? null : askForUsage(text)));
-    if (server.pendingRequests > room) await Bun.sleep(pauseMs()); // Who comes goes behind all who wait.
     const enters = () => underWay.size < room && Boolean(underWay.add(request));
     await standBy(() => watch.whenSettled() !== null || (!watch.describe().open && !enters()));
     return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: Boolean(asking) };
