@@ -4780,6 +4780,21 @@ suite("turns", () => {
     await end([first, second]);
   });
 
+  test("a request for a stream that was open when its body came is refused, though the breaker closes then", async () => {
+    const { watch, stop } = prepareWorld([]);
+    let asked = 0;
+    const describe = () => ({ ...watch.describe(), open: asked++ < 3 });
+    const { sent, send, settle, end } = startNarrow({ describe });
+    await settle();
+    asked = 0;
+    const body = '{"stream":true}';
+    const socket = send("POST /v1/chat/completions", `Content-Length: ${body.length}\r\n\r\n${body}`);
+    expect(String(await new Promise((resolve) => socket.once("data", resolve)))).toStartWith("HTTP/1.1 403");
+    expect(sent).toHaveLength(0);
+    stop.abort();
+    await end([socket]);
+  });
+
   test("a request whose body comes when all has slept waits for a look, as a new one does", async () => {
     const never = Promise.withResolvers<void>();
     let [asked, settled]: [number, Promise<void> | null] = [0, null];

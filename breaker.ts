@@ -235,7 +235,6 @@ export const AmountSchema = z
   // Only zero is 0: what is too small for a number counts as 1e-300.
   .transform((value) => (/^[^e-]*[1-9]/i.test(String(value)) ? Math.max(Number(value), 1e-300) : Number(value)))
   .pipe(z.number().min(-1e15).max(1e15)); // So that no sum of them is infinite.
-
 const TOKENS = /"[^"\\]*(?:\\[^][^"\\]*)*"?|-?[\d.]+(?:e[+-]?\d+)?/gi; // Of JSON: the texts, the numbers.
 const raiseTiny = (token: string) => (Number(token) === 0 && /^[0.]*[1-9]/.test(token) ? "1e-300" : token);
 
@@ -1261,7 +1260,6 @@ export function startServer({ options: { host, port } }: World, watch: Watch) {
 }
 
 // ── Effects: the gateway ────────────────────────────────────────────────────────────────────────
-// Programs reach the API through it, so that it can count what flows and refuse the next request at once.
 
 const MAX_BODY_BYTES = 8 * 1024 * 1024;
 const MAX_IDS = 100_000; // So many take 10 MiB; all are forgotten then, and an answer that is polled counts again.
@@ -1374,7 +1372,8 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     const text = isHeld && !watch.describe().open ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     const asking = text === null ? null : await takeTurn(() => (request.signal.aborted ? null : askForUsage(text)));
     const enters = () => underWay.size < room && Boolean(underWay.add(request));
-    await standBy(() => watch.whenSettled() !== null || (!watch.describe().open && !enters()));
+    const isRead = text !== null || !isAskable; // What was open must not pass unasked now.
+    await standBy(() => watch.whenSettled() !== null || (isRead && !watch.describe().open && !enters()));
     return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: Boolean(asking) };
   }
 
@@ -1385,7 +1384,8 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     if (refusal) return recorder.end(refusal);
     const { body, isAsking } = await prepareBody(request, recorder);
     const { open, message } = watch.describe(); // Only now: while a body came, or waited, the breaker may have tripped.
-    if (open) return recorder.end(refuse("breaker_open", `Refused by the circuit breaker on this machine: ${message}`));
+    const sentence = `Refused by the circuit breaker on this machine: ${message}`;
+    if (open || !underWay.has(request)) return recorder.end(refuse("breaker_open", sentence));
     const to = request.url.replace(/^http:\/\/[^/]*\/v1/, () => options.baseUrl);
     const headers = passHeaders(request.headers);
     headers.set("accept-encoding", "identity");
