@@ -256,7 +256,7 @@ const isOver = (text: string, mark: RegExp, max: number) => text.length > max &&
 
 /** Parses JSON; undefined for a text that is none, or has too many members, lists and items. */
 function parseJson(text: string): unknown {
-  if (isOver(text, /:/, 200_000) || isOver(text, /[[{,]/, 600_000) || isOver(text, INDEX, 2000)) return undefined;
+  if (isOver(text, /:/, 100_000) || isOver(text, /[[{,]/, 400_000) || isOver(text, INDEX, 2000)) return undefined;
   try {
     return JSON.parse(text);
   } catch {
