@@ -1851,6 +1851,16 @@ suite("the server", () => {
     ["257 bytes", [`${" ".repeat(251)}STATUS\n`], "ERR Line Too Long\n"],
     ["257 bytes without an end", ["x".repeat(257)], "ERR Line Too Long\n"],
     ["a megabyte", ["x".repeat(2 ** 20)], "ERR Line Too Long\n"],
+    ["a megabyte of blanks for a brace", [`${blanks}x`], "ERR Line Too Long\n"],
+    ["a brace", ['{"jsonrpc":"2.0","id":1,"method":"ping"}\n'], '{"jsonrpc":"2.0","id":1,"result":{}}\n'],
+    [
+      "a brace behind blanks",
+      [' \t{"jsonrpc":"2.0","id":1,"method":"ping"}\n'],
+      '{"jsonrpc":"2.0","id":1,"result":{}}\n',
+    ],
+    ["a brace behind a letter", ["x{\n"], "ERR Unknown Command\n"],
+    ["a brace in the second line", ["\n{\n"], "ERR Unknown Command\n"],
+    ["blanks for a brace", ["  "], "ERR Unknown Command\n"],
     [
       "an HTTP request",
       ["POST / HTTP/1.1\r\nHost: x\r\n\r\n", '{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n'],
@@ -2248,6 +2258,31 @@ function startLiar(reply: string | ((question: string) => string)) {
 
 const withKey = { env: { OPENAI_ADMIN_KEY: KEY } };
 
+/** Runs a command on a terminal of its own, by script; what is typed there may be control characters. */
+function startTerminal(command: string, env: Record<string, string> = {}) {
+  const child = leash(
+    Bun.spawn(["script", "-qec", command, "/dev/null"], {
+      env: { ...process.env, SHELL: "/bin/sh", ...env },
+      stdio: ["pipe", "pipe", "ignore"],
+    }),
+  );
+  let out = "";
+  const reading = (async () => {
+    for await (const chunk of child.stdout.pipeThrough(new TextDecoderStream())) out += chunk;
+  })();
+  return {
+    out: () => out,
+    type(text: string): void {
+      child.stdin.write(text);
+      child.stdin.flush();
+    },
+    async end(): Promise<void> {
+      child.stdin.end();
+      await Promise.all([child.exited, reading]);
+    },
+  };
+}
+
 suite("commands", () => {
   test("status prints the answer and exits with it", async () => {
     let answer = FREE;
@@ -2397,32 +2432,20 @@ suite("commands", () => {
     using account = startAccount(() => answer);
     const port = await findFreePort();
     const argv = ["--port", port, "--base-url", account.base, "--source", "costs", "--interval", "20ms"];
-    const child = leash(
-      Bun.spawn(["script", "-qec", [process.execPath, "--no-env-file", SCRIPT, ...argv].join(" "), "/dev/null"], {
-        env: { ...process.env, SHELL: "/bin/sh", OPENAI_ADMIN_KEY: KEY },
-        stdio: ["pipe", "pipe", "ignore"],
-      }),
-    );
-    let out = "";
-    const reading = (async () => {
-      for await (const chunk of child.stdout.pipeThrough(new TextDecoderStream())) out += chunk;
-    })();
-    await until(() => out.includes("FALSE, no cost"));
-    child.stdin.write("\x13");
-    child.stdin.flush();
+    const terminal = startTerminal([process.execPath, "--no-env-file", SCRIPT, ...argv].join(" "), withKey.env);
+    await until(() => terminal.out().includes("FALSE, no cost"));
+    terminal.type("\x13");
     const address = { host: "127.0.0.1", port: Number(port), timeoutMs: 2000 };
     const says = async (text: string) => (await ask("STATUS", address)) === text;
     for (const next of [CENT, FREE, CENT]) {
       answer = next; // Each change is logged.
       await until(() => says(next === CENT ? "TRUE" : "FALSE"));
     }
-    expect(out.match(/ TRUE, /g) ?? []).toHaveLength(0);
-    child.stdin.write("\x11");
-    child.stdin.flush();
-    await until(() => out.match(/ TRUE, /g)?.length === 2);
-    child.stdin.write("\x03");
-    child.stdin.flush();
-    await Promise.all([child.exited, reading]);
+    expect(terminal.out().match(/ TRUE, /g) ?? []).toHaveLength(0);
+    terminal.type("\x11");
+    await until(() => terminal.out().match(/ TRUE, /g)?.length === 2);
+    terminal.type("\x03");
+    await terminal.end();
   });
 
   test.skipIf(!isLinux)("a log on a full disk stops nothing (Linux)", async () => {
@@ -2819,28 +2842,14 @@ suite("exec", () => {
       const file = join(makeFolder(), "inner.sh");
       writeFileSync(file, inner);
       const command = `${process.execPath} ${SCRIPT} exec ${guarded.at.join(" ")} -- bash ${file}`;
-      const child = leash(
-        Bun.spawn(["script", "-qec", command, "/dev/null"], {
-          stdin: "pipe",
-          stdout: "pipe",
-          stderr: "ignore",
-          env: { ...process.env, SHELL: "/bin/sh" },
-        }),
-      );
-      let out = "";
-      const reading = (async () => {
-        for await (const chunk of child.stdout.pipeThrough(new TextDecoderStream())) out += chunk;
-      })();
-      await until(() => out.includes("tty"));
-      child.stdin.write("hello\n");
-      child.stdin.flush();
-      await until(() => out.includes("got:hello"));
-      child.stdin.write("\x03");
-      child.stdin.flush();
-      await until(() => out.includes("ints:"));
-      expect(out).toContain("ints:1");
-      child.stdin.end();
-      await Promise.all([child.exited, reading]);
+      const terminal = startTerminal(command);
+      await until(() => terminal.out().includes("tty"));
+      terminal.type("hello\n");
+      await until(() => terminal.out().includes("got:hello"));
+      terminal.type("\x03");
+      await until(() => terminal.out().includes("ints:"));
+      expect(terminal.out()).toContain("ints:1");
+      await terminal.end();
     },
     15_000,
   );
@@ -4664,30 +4673,10 @@ suite("turns", () => {
     await gateway.stop();
   });
 
-  test("the more requests wait, the seldomer each looks whether it may pass", async () => {
-    let [asked, lines] = [0, 0];
-    const { world, watch, stop } = prepareWorld(["--gateway", "0", "--source", "costs"]);
-    const never = Promise.withResolvers<void>();
-    const whenSettled = () => (asked++, never.promise);
-    const gateway = startGateway({ ...world, log: () => void lines++ }, { ...watch, whenSettled });
-    const { port, hostname, host } = new URL(gateway.url);
-    const sockets = Array.from({ length: 800 }, () => {
-      const socket = connect({ port: Number(port), host: hostname }).on("error", () => {});
-      socket.write(`GET /v1/models HTTP/1.1\r\nHost: ${host}\r\n\r\n`);
-      return socket;
-    });
-    await until(() => asked >= 800);
-    const before = asked;
-    await Bun.sleep(500); // Not for luck: looks are counted while it passes.
-    expect(asked - before).toBeLessThan(4000); // Each 50 ms it would be 8,000.
-    for (const socket of sockets) socket.destroy();
-    await until(() => lines === sockets.length);
-    stop.abort();
-    await gateway.stop();
-  });
+  type Narrow = { onLine?: () => void; isOpen?: () => boolean };
 
   /** A gateway with room for one request; those that it sends on hang until they are ended here, or aborted. */
-  function startNarrow({ onLine = () => {}, ...given }: Partial<Watch> & { onLine?: () => void } = {}) {
+  function startNarrow({ onLine = () => {}, isOpen = () => false, ...given }: Partial<Watch> & Narrow = {}) {
     const sent: { url: string; body: unknown; end: () => void }[] = [];
     const hang = (url: unknown, { signal, body }: RequestInit = {}) => {
       const answer = Promise.withResolvers<Response>();
@@ -4706,7 +4695,8 @@ suite("turns", () => {
       onLine();
     };
     const env = { BUN_CONFIG_MAX_HTTP_REQUESTS: "57" };
-    const gateway = startGateway({ ...world, env, log }, { ...watch, ...given });
+    const describe = () => ({ ...watch.describe(), open: isOpen() });
+    const gateway = startGateway({ ...world, env, log }, { ...watch, describe, ...given });
     const { port, hostname, host } = new URL(gateway.url);
     const send = (line: string, rest = "\r\n") => {
       const socket = connect({ port: Number(port), host: hostname }).on("error", () => {});
@@ -4729,6 +4719,18 @@ suite("turns", () => {
       },
     };
   }
+
+  test("the more requests wait, the seldomer each looks whether it may pass", async () => {
+    let asked = 0;
+    const never = Promise.withResolvers<void>();
+    const { send, end } = startNarrow({ whenSettled: () => (asked++, never.promise) });
+    const sockets = Array.from({ length: 800 }, () => send("GET /v1/models"));
+    await until(() => asked >= 800);
+    const before = asked;
+    await Bun.sleep(500); // Not for luck: looks are counted while it passes.
+    expect(asked - before).toBeLessThan(4000); // Each 50 ms it would be 8,000.
+    await end(sockets);
+  });
 
   test("requests that wait and leave let no other pass", async () => {
     const { sent, send, lines, settle, end } = startNarrow();
@@ -4763,9 +4765,7 @@ suite("turns", () => {
 
   test("a request for a stream is asked for its usage also where the breaker closes while it waits", async () => {
     let isOpen = false;
-    const { watch, stop } = prepareWorld([]);
-    const describe = () => ({ ...watch.describe(), open: isOpen });
-    const { sent, send, settle, end } = startNarrow({ describe });
+    const { sent, send, settle, end } = startNarrow({ isOpen: () => isOpen });
     const first = send("GET /v1/first");
     await until(() => sent.length === 1);
     isOpen = true;
@@ -4776,22 +4776,18 @@ suite("turns", () => {
     sent[0]?.end();
     await until(() => sent.length === 2);
     expect(String(sent[1]?.body)).toContain("include_usage");
-    stop.abort();
     await end([first, second]);
   });
 
   test("a request for a stream that was open when its body came is refused, though the breaker closes then", async () => {
-    const { watch, stop } = prepareWorld([]);
     let asked = 0;
-    const describe = () => ({ ...watch.describe(), open: asked++ < 3 });
-    const { sent, send, settle, end } = startNarrow({ describe });
+    const { sent, send, settle, end } = startNarrow({ isOpen: () => asked++ < 3 });
     await settle();
     asked = 0;
     const body = '{"stream":true}';
     const socket = send("POST /v1/chat/completions", `Content-Length: ${body.length}\r\n\r\n${body}`);
     expect(String(await new Promise((resolve) => socket.once("data", resolve)))).toStartWith("HTTP/1.1 403");
     expect(sent).toHaveLength(0);
-    stop.abort();
     await end([socket]);
   });
 

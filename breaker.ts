@@ -82,6 +82,7 @@ const entry = str.regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expec
 const shellCommand = str.meta({ takes: "CMD", expects: "a shell command" });
 const projects = z.array(str.regex(/^[\w-]+$/)).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
 const limits = z.array(allowance).meta({ takes: "MODELS=TOKENS", expects: "MODELS=TOKENS such as *-mini*=10M" });
+/** An http URL sends the key in the clear: only to this machine. */
 const apiUrl = z
   .url({ protocol: /^https?$/ })
   .regex(/^[^?#]*$/)
@@ -652,8 +653,7 @@ export function readMcp(line: string): Question {
   if (id === undefined) return answerError(id, { code: -32600, message: "id: expected a string or an integer" });
   const params = JsonSchema.safeParse(message.data.params ?? {}).data;
   const meta = JsonSchema.safeParse(params?.["_meta"] ?? {}).data;
-  if (!params || !meta)
-    return answerError(id, { code: -32602, message: "params: expected an object, so for its _meta" });
+  if (!params || !meta) return answerError(id, { code: -32602, message: "params: expected an object, its _meta too" });
   const requested = meta[VERSION_KEY];
   if (typeof requested === "string" && requested !== MODERN_VERSION) {
     const data = { supported: [MODERN_VERSION], requested };
