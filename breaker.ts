@@ -810,8 +810,7 @@ async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
   const chunks: Uint8Array[] = [];
   let left = MAX_READ_BYTES;
   for await (const chunk of stream) {
-    left -= chunk.byteLength;
-    if (left < 0) throw new Error("it is over 1 MiB");
+    if ((left -= chunk.byteLength) < 0) throw new Error("it is over 1 MiB");
     chunks.push(chunk);
   }
   return Buffer.concat(chunks);
@@ -1288,7 +1287,9 @@ async function* relay(answer: Response, { isAsking, signal, hold, read, end }: R
       for (const [event] of isEvents && /\n\r?\n/.test(seam) ? text.matchAll(EVENTS) : []) {
         if (isUsage(await read(event))) [shown, from] = [shown + text.slice(from, at), at + event.length];
         [at, pieces] = [at + event.length, 0];
-        if (text.length > TURN.bytes && signal.aborted) break; // It can go on for minutes.
+        if (text.length <= TURN.bytes || !signal.aborted) continue;
+        await read(text.match(/^.*_tokens.*/gm)?.at(-1) ?? ""); // To read all can take minutes: the last tells most.
+        break;
       }
       const rest = text.slice(at);
       held = (held !== null || at > 0) && hold(rest.length + 128 * ++pieces) ? rest : null;
@@ -1597,14 +1598,13 @@ function answerDrill(request: string): Response {
 }
 
 /** Serves a simulated account on loopback that costs one cent after 10 s; gives its base URL. */
-function startDrill({ now, signal }: World): string {
-  const startedMs = now();
+function startDrill({ self, now, signal }: World): string {
   const server = Bun.serve({
     hostname: "127.0.0.1",
     port: 0,
     async fetch(request) {
       if (request.method === "POST") return answerDrill(await request.text());
-      const value = now() - startedMs >= 10 * SECOND ? "0.0100000000000000" : "0E-6176";
+      const value = now() - self.startedMs >= 10 * SECOND ? "0.0100000000000000" : "0E-6176";
       const row = { amount: { value, currency: "usd" }, input_tokens: 90, output_tokens: 30, model: "drill" };
       const bucket = { start_time: Date.parse(listDays(now()).today) / SECOND, results: [row] };
       return Response.json({ object: "page", data: [bucket], has_more: false, next_page: null });
