@@ -233,11 +233,10 @@ function addUp(sums: Record<string, number>): number {
 /** An amount: a finite number, or a string as OpenAI sends them live (`"0E-6176"`, `"0.1739150000000000"`). */
 export const AmountSchema = z
   .union([z.number(), z.string().regex(/^[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i)])
-  // Only zero is 0: what is too small for a number counts as 1e-300.
-  .transform((value) => (/^[^e-]*[1-9]/i.test(String(value)) ? Math.max(Number(value), 1e-300) : Number(value)))
+  .transform((value) => Number(raiseTiny(String(value)))) // Only zero is 0: what is tinier counts as 1e-300.
   .pipe(z.number().min(-1e15).max(1e15)); // So that no sum of them is infinite.
 const TOKENS = /"[^"\\]*(?:\\[^][^"\\]*)*"?|-?[\d.]+(?:e[+-]?\d+)?/gi; // Of JSON: the texts, the numbers.
-const raiseTiny = (token: string) => (Number(token) === 0 && /^[0.]*[1-9]/.test(token) ? "1e-300" : token);
+const raiseTiny = (token: string) => (Number(token) < 1e-300 && /^[+0.]*[1-9]/.test(token) ? "1e-300" : token);
 
 /** `Date.UTC(2026, 10, 22, 23, 59)` → `"2026-11-22"` */
 export function formatDay(ms: number): string {
@@ -1369,12 +1368,13 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
     const size = Number(request.headers.get("content-length") ?? Infinity);
     const isAskable = isChat && options.allowances.length > 0 && size <= MAX_BODY_BYTES;
-    const isHeld = isAskable && (await standBy(() => !watch.describe().open && !hold(size, requests)));
-    const text = isHeld && !watch.describe().open ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
+    const isOpen = () => watch.describe().open;
+    if (isAskable) await standBy(() => !isOpen() && !hold(size, requests));
+    if (isAskable && isOpen()) return { body: null, isAsking: false }; // Nor is it sent when it closes now.
+    const text = isAskable ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     const asking = text === null ? null : await takeTurn(() => (request.signal.aborted ? null : askForUsage(text)));
     const enters = () => underWay.size < room && Boolean(underWay.add(request));
-    const isRead = text !== null || !isAskable; // What was open must not pass unasked now.
-    await standBy(() => watch.whenSettled() !== null || (isRead && !watch.describe().open && !enters()));
+    await standBy(() => watch.whenSettled() !== null || (!isOpen() && !enters()));
     return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: Boolean(asking) };
   }
 
