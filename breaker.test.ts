@@ -528,6 +528,7 @@ suite("options", () => {
     [[], { BREAKER_BASE_URL: "https://example.com/v1?#" }, /^BREAKER_BASE_URL/],
     [["--pass-entry", ""], {}, /^--pass-entry "": expected the name/],
     [["--pass-entry", "a\nb"], {}, /^--pass-entry "a\\nb"/],
+    [["--pass-entry", KEY], {}, /^--pass-entry "sk-.*": expected the name in pass/],
     [["--host", "a b"], {}, /^--host "a b"/],
     [["--allowance", "x"], {}, /^--allowance "x": expected MODELS=TOKENS/],
     [["--allowance", "=5"], {}, /^--allowance "=5"/],
@@ -1027,6 +1028,7 @@ suite("the decision", () => {
     ["a failed look raises", seen({ a: 1 }), seen({ a: 2, b: 3 }, failed), { sums: { a: 2, b: 3 }, error: "x" }],
     ["a failed look lowers nothing", seen({ a: 5 }), seen({ a: 2 }, failed), { sums: { a: 5 } }],
     ["a failed look is not good", seen({}, { asOfMs: 7 }), seen({}, failed), { asOfMs: 7 }],
+    ["one by a wrong clock ends it", seen({ a: 1 }), { ...UNSEEN, ...failed }, { asOfMs: null, sums: { a: 1 } }],
     ["nor the first one", UNSEEN, seen({ a: 1 }, failed), { asOfMs: null, sums: { a: 1 } }],
   ];
   test.each(merges)("%s", (_, reading, look, expected) => {
@@ -1711,6 +1713,29 @@ suite("the watch", () => {
     expect(await breaker.ask("STATUS")).toBe("FALSE");
     writeFileSync(file, "sk-admin-another");
     process.emit("SIGHUP", "SIGHUP");
+    await until(async () => (await breaker.info()).error);
+    expect(await breaker.info()).toMatchObject({ open: true, reason: "unknown", asOf: null });
+  });
+
+  test("a pass that fails tells nobody the key that it gave before", async () => {
+    const file = join(makeFolder(), "key");
+    writeFileSync(file, "relay-key-of-yesterday");
+    using account = startAccount(() => FREE);
+    const pass = makePass(`cat ${file} && exit; echo "cannot show relay-key-of-yesterday" >&2; exit 1`);
+    const argv = ["--base-url", account.base, "--source", "costs"];
+    await using breaker = await serve(argv, { env: { OPENAI_ADMIN_KEY: "", ...pass } });
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    rmSync(file);
+    process.emit("SIGHUP", "SIGHUP");
+    expect(await until(async () => (await breaker.info()).error)).toMatch(/cannot show sk-\*\*\*; install pass/);
+  });
+
+  test("nobody can tell how old a good look is by a clock that the account's Date proves wrong", async () => {
+    let answer = FREE;
+    using account = startAccount(() => answer);
+    await using breaker = await serve(["--base-url", account.base, ...quick]);
+    expect(await breaker.ask("STATUS")).toBe("FALSE");
+    answer = http(page([]), { headers: { Date: new Date(Date.now() + 3 * 3600_000).toUTCString() } });
     await until(async () => (await breaker.info()).error);
     expect(await breaker.info()).toMatchObject({ open: true, reason: "unknown", asOf: null });
   });
@@ -2813,7 +2838,7 @@ suite("exec", () => {
     ]);
   });
 
-  test.concurrent.each(["SIGINT", "SIGTERM", "SIGHUP"] as const)(
+  test.concurrent.each(["SIGINT", "SIGTERM", "SIGHUP", "SIGALRM"] as const)(
     "passes %s on and ends after its command",
     async (signal) => {
       await using guarded = await startGuarded(FREE);

@@ -78,7 +78,7 @@ const maybePort = portNumber.or(z.literal("")).meta(PORT);
 const usd = scaled(/^(\d+\.?\d*|\.\d+)$/).meta({ takes: "USD", expects: "an amount such as 0, 0.5 or 20" });
 const time = scaled(/^\d+(ms|s|m|h)$/, { min: 1, max: DAY }).meta(TIME);
 const sourceName = z.enum(["auto", "costs", "billing"]).meta({ takes: "NAME", expects: "auto, costs or billing" });
-const entry = str.regex(/^[^\p{Cc}]*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expects: "the name of an entry of pass" });
+const entry = str.regex(/^(?!sk-\S{20})\P{Cc}*[^\p{Cc}\s/]$/u).meta({ takes: "NAME", expects: "the name in pass" });
 const shellCommand = str.meta({ takes: "CMD", expects: "a shell command" });
 const projects = z.array(str.regex(/^[\w-]+$/)).meta({ takes: "ID", expects: "a project ID such as proj_abc" });
 const limits = z.array(allowance).meta({ takes: "MODELS=TOKENS", expects: "MODELS=TOKENS such as *-mini*=10M" });
@@ -483,9 +483,9 @@ export function raiseSums(known: Sums, seen: Sums): Sums {
   return raised;
 }
 
-/** A good look replaces the reading; a failed one can only raise it. */
-export function mergeLook(reading: Reading, look: Reading): Reading {
-  return look.error === null ? look : { ...look, asOfMs: reading.asOfMs, sums: raiseSums(reading.sums, look.sums) };
+/** A good look replaces the reading; a failed one can only raise it, or end its time where the clock was wrong. */
+export function mergeLook({ asOfMs, sums }: Reading, look: Reading): Reading {
+  return look.error === null ? look : { ...look, asOfMs: look.asOfMs && asOfMs, sums: raiseSums(sums, look.sums) };
 }
 
 /** The days from `first` on and their sums: of costs, or of an allowance. A clock that is behind hides no day. */
@@ -833,7 +833,7 @@ function kill(pid: number, signal: NodeJS.Signals | 0): boolean {
 
 /** Lets `hear` have the signals that end a command, or that it makes something of, until `end`. */
 function hearSignals(hear: (name: NodeJS.Signals) => void, end: AbortSignal): void {
-  for (const name of ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2"] as const) {
+  for (const name of ["SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2"] as const) {
     process.on(name, hear);
     end.addEventListener("abort", () => process.off(name, hear));
   }
@@ -842,10 +842,9 @@ function hearSignals(hear: (name: NodeJS.Signals) => void, end: AbortSignal): vo
 type Run = { env: Env; signal: AbortSignal; input?: string; limitMs?: number };
 
 /** Runs a program in its own process group; gives its output and exit code. Throws where it is killed with that. */
-export async function runProgram(argv: string[], { env, signal, input, limitMs = 30 * SECOND }: Run) {
+export async function runProgram(argv: string[], { env, signal, input = "", limitMs = 30 * SECOND }: Run) {
   signal.throwIfAborted();
-  const stdin = input === undefined ? "ignore" : Buffer.from(input);
-  const child = Bun.spawn(argv, { env, stdin, stdout: "pipe", stderr: "pipe", detached: true });
+  const child = Bun.spawn(argv, { env, stdin: Buffer.from(input), stdout: "pipe", stderr: "pipe", detached: true });
   const cut = Promise.withResolvers<never>();
   const limit = AbortSignal.any([signal, AbortSignal.timeout(limitMs)]);
   limit.addEventListener("abort", () => cut.reject(new Error(`it took longer than ${limitMs / SECOND} s`)));
@@ -868,7 +867,7 @@ async function readKey({ options: { passEntry: entry, drill }, self, env, signal
   if (shown && shown.code !== 0) {
     const store = `store an admin key with: pass insert ${entry} (or set OPENAI_ADMIN_KEY)`;
     const advice = `install pass, ${store}, or unlock it once in a terminal with: pass show ${entry}`;
-    const cause = redact(shown.stderr.trim()) || `exit code ${shown.code}`;
+    const cause = redact(shown.stderr.trim(), self.keys) || `exit code ${shown.code}`;
     throw new Error(`pass show ${entry} failed, ${cause}; ${advice}`);
   }
   const line = (given || shown?.stdout || "").split("\n", 1).join().trim();
@@ -913,13 +912,14 @@ function advise(status: number, options: Options): string {
 }
 
 /** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
-async function readAnswer(response: Response, { options, now }: World): Promise<unknown> {
+async function readAnswer(response: Response, { options, now, look }: World & { look: Reading }): Promise<unknown> {
   const { status, headers } = response;
   if (status !== 200) throw new Error(`HTTP ${status}; ${advise(status, options)}`);
   const encoding = headers.get("content-encoding") ?? "identity";
   if (encoding !== "identity") throw new Error("the answer is compressed, though asked for as is; check --base-url");
   const date = headers.get("date");
   if (date !== null && !(Math.abs(Date.parse(date) - now()) <= 10 * MINUTE)) {
+    look.asOfMs = null;
     throw new Error("the answer's Date is more than 10 minutes off; set this machine's clock");
   }
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
@@ -966,7 +966,7 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
     });
     if (response.status === 401 || response.status === 403) forgetKey();
     look.retryAfterMs = Math.max(look.retryAfterMs, parseRetryAfter(response.headers.get("retry-after"), now()));
-    return readAnswer(response, world);
+    return readAnswer(response, { ...world, look });
   }
 
   async function look(onSeen: (sums: Sums) => void): Promise<Reading> {
