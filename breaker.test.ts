@@ -2829,7 +2829,9 @@ suite("exec", () => {
 
   test.concurrent("hides the key from its command", async () => {
     await using guarded = await startGuarded(FREE);
-    const child = spawnExec([...guarded.at, "--", "env"], { OPENAI_ADMIN_KEY: KEY, COPY: KEY, KEPT: "yes" });
+    const OPENAI_BASE_URL = `https://relay.example/${KEY}/v1`;
+    const variables = { OPENAI_ADMIN_KEY: KEY, COPY: KEY, OPENAI_BASE_URL, KEPT: "yes" };
+    const child = spawnExec([...guarded.at, "--", "env"], variables);
     const out = await new Response(child.stdout).text();
     expect([out.includes(KEY), out.includes("OPENAI_ADMIN_KEY"), out.includes("KEPT=yes")]).toEqual([
       false,

@@ -815,11 +815,10 @@ async function readAll(stream: ReadableStream<Uint8Array>): Promise<Buffer> {
   return Buffer.concat(chunks);
 }
 
-/** The environment of a child: with `extra`, and without the key, by its name or by its value. */
-function childEnv({ env: { OPENAI_ADMIN_KEY, ...env }, self }: Pick<World, "env" | "self">, extra: Env = {}): Env {
+/** The environment of a child: without the key, by its name or by its value. */
+function childEnv({ env: { OPENAI_ADMIN_KEY, ...env }, self }: Pick<World, "env" | "self">): Env {
   const keys = [OPENAI_ADMIN_KEY?.split("\n", 1).join().trim() ?? "", ...self.keys].filter(isSecret);
-  const kept = Object.entries(env).filter(([, value]) => !keys.some((key) => value?.includes(key)));
-  return { ...Object.fromEntries(kept), ...extra };
+  return Object.fromEntries(Object.entries(env).filter(([, value]) => !keys.some((key) => value?.includes(key))));
 }
 
 /** Sends a signal, to a whole group where `pid` is negative; false where it cannot be sent. */
@@ -1424,7 +1423,7 @@ async function runHook(info: Info, { options, self, env, signal, log }: World): 
     BREAKER_MESSAGE: info.message,
     BREAKER_COST: String(info.cost?.total ?? ""),
   };
-  const run = { env: childEnv({ env, self }, variables), signal, input: `${JSON.stringify(info)}\n` };
+  const run = { env: { ...childEnv({ env, self }), ...variables }, signal, input: `${JSON.stringify(info)}\n` };
   try {
     const { code, stdout, stderr } = await runProgram(["sh", "-c", command], run);
     for (const line of `${stdout}\n${stderr}`.split("\n", 990)) if (line.trim()) log(`${name}: ${redact(line)}`);
@@ -1551,7 +1550,8 @@ async function waitForTrip(world: World): Promise<string | null> {
 
 /** Runs a command while the breaker is closed; gives its exit code, or 75. Throws where at first no breaker answers. */
 async function guard(world: World): Promise<number> {
-  const { options, rest: argv, env, log, signal } = world;
+  const { options, rest: argv, log, signal } = world;
+  const env = childEnv(world);
   // STATUS has the last word. Who cannot be told of a gateway must not go past it; another machine's is of no use.
   const readNone = (error: unknown) => (/answers "(?!ERR Busy)/.test(messageOf(error)) ? null : Promise.reject(error));
   const info = await askInfo(options).catch(readNone);
@@ -1568,7 +1568,7 @@ async function guard(world: World): Promise<number> {
     if (!isTyped) child?.kill(name);
   }, signal);
   try {
-    child = Bun.spawn(argv, { env: childEnv(world, { OPENAI_BASE_URL }), stdio: ["inherit", "inherit", "inherit"] });
+    child = Bun.spawn(argv, { env: { ...env, OPENAI_BASE_URL }, stdio: ["inherit", "inherit", "inherit"] });
   } catch (error) {
     log(`cannot run ${argv[0]}: ${messageOf(error)}`);
     return z.object({ code: z.literal("ENOENT") }).safeParse(error).success ? EXIT.notFound : EXIT.notExecutable;
