@@ -532,6 +532,7 @@ suite("options", () => {
     [["--host", "a b"], {}, /^--host "a b"/],
     [["--allowance", "x"], {}, /^--allowance "x": expected MODELS=TOKENS/],
     [["--allowance", "=5"], {}, /^--allowance "=5"/],
+    [["--allowance", "\u200b*=5"], {}, /^--allowance/],
     [["--allowance", "a=0"], {}, /^--allowance "a=0"/],
     [["--allowance", "a=5T"], {}, /^--allowance "a=5T"/],
     [["--allowance", "a=-5"], {}, /^--allowance "a=-5"/],
@@ -1522,6 +1523,8 @@ suite("the truth", () => {
       ],
       [always(http("", { status: 404 })), /HTTP 404.*--base-url/],
       [always(http("<html>")), /not JSON; check --base-url/],
+      [always(http(" ".repeat(2 ** 21))), /over 1 MiB; check the network and --base-url/],
+      [always(http({ data: [] })), /has_more: .*; check --base-url and --source/],
     ];
     for (const [respond, expected] of refusals) {
       using account = startAccount(respond);
@@ -1539,6 +1542,7 @@ suite("the truth", () => {
       listener.stop(true);
       expect(code).toBe(69);
       expect(out).toContain("Cannot read the billing usage: ");
+      expect(out).toContain("; check the network and --base-url");
       expect(out).not.toContain("verbose");
     }
   });

@@ -56,7 +56,7 @@ function resolveLocalhost(host: string): string {
 }
 
 const str = z.string();
-const word = str.regex(/^[^\s\p{Cc}]+$/u);
+const word = str.regex(/^[^\s\p{Cc}\p{Cf}]+$/u);
 
 /** `"*-mini*,*-nano*=10M"` → `{ models: "*-mini*,*-nano*", limit: 10000000 }`, in tokens a UTC day. */
 const allowance = word
@@ -614,7 +614,6 @@ const VERSION_KEY = `${META}protocolVersion`;
 const CAPABILITIES_KEY = `${META}clientCapabilities`;
 
 const IdSchema = z.union([z.string(), z.int()]);
-type Id = z.output<typeof IdSchema>;
 const MessageSchema = z.object({ jsonrpc: z.literal("2.0"), method: z.string(), params: z.unknown().optional() });
 const MetaSchema = z.object({ [VERSION_KEY]: z.string(), [CAPABILITIES_KEY]: JsonSchema });
 
@@ -632,7 +631,7 @@ function formatStatus({ pid: _, ...status }: Info): Json {
   return { content: [{ type: "text", text: JSON.stringify(status) }], structuredContent: status };
 }
 
-function answerError(id: Id | undefined, error: { code: number; message: string; data?: Json }): Question {
+function answerError(id: string | number | undefined, error: { code: number; message: string; data?: Json }): Question {
   return answerWith(JSON.stringify({ jsonrpc: "2.0", id, error }));
 }
 
@@ -664,7 +663,7 @@ export function readMcp(line: string): Question {
   return readRequest(id, { method: message.data.method, params, modern });
 }
 
-function readRequest(id: Id, call: { method: string; params: Json; modern: boolean }): Question {
+function readRequest(id: string | number, call: { method: string; params: Json; modern: boolean }): Question {
   const { method, params, modern } = call;
   const invalid = (message: string) => answerError(id, { code: -32602, message });
   const envelope = modern ? { resultType: "complete", _meta: { [`${META}serverInfo`]: SERVER_INFO } } : {};
@@ -910,6 +909,10 @@ function advise(status: number, options: Options): string {
   return `${create} https://platform.openai.com/settings/organization/admin-keys ${store}`;
 }
 
+function failToReach(error: unknown): never {
+  throw new Error(`${redact(messageOf(error))}; check the network and --base-url`);
+}
+
 /** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
 async function readAnswer(response: Response, { options, now, look }: World & { look: Reading }): Promise<unknown> {
   const { status, headers } = response;
@@ -922,7 +925,7 @@ async function readAnswer(response: Response, { options, now, look }: World & { 
     throw new Error("the answer's Date is more than 10 minutes off; set this machine's clock");
   }
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
-  const bytes = await readAll(response.body ?? new Blob([]).stream());
+  const bytes = await readAll(response.body ?? new Blob([]).stream()).catch(failToReach);
   const text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   const body = await takeTurn(() => parseJson(text.replace(TOKENS, raiseTiny)));
   if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
@@ -954,15 +957,12 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
   const forgetKey = () => void (key = null);
 
   async function request(path: string, { secret, look }: { secret: string | void; look: Reading }): Promise<unknown> {
-    const asked = fetch(`${options.baseUrl}${path}`, {
+    const response = await fetch(`${options.baseUrl}${path}`, {
       headers: { authorization: `Bearer ${secret}`, "accept-encoding": "identity", "cache-control": "no-cache" },
       ...ON_WIRE,
       keepalive: false,
       signal: AbortSignal.any([signal, AbortSignal.timeout(options.timeoutMs)]),
-    });
-    const response = await asked.catch((error) => {
-      throw new Error(`${redact(messageOf(error))}; check the network and --base-url`);
-    });
+    }).catch(failToReach);
     if (response.status === 401 || response.status === 403) forgetKey();
     look.retryAfterMs = Math.max(look.retryAfterMs, parseRetryAfter(response.headers.get("retry-after"), now()));
     return readAnswer(response, { ...world, look });
@@ -983,7 +983,7 @@ export function createLook(world: World): { look: Look; forgetKey: () => void } 
         const body = await request(path + query, { secret, look });
         const { entries, next, problem } = await takeTurn(() => read(body)); // 1 MiB of rows is much.
         onSeen((look.sums = addEntries(look.sums, entries, { now: beganMs, options })));
-        if (problem !== null) throw new Error(problem);
+        if (problem !== null) throw new Error(`${problem}; check --base-url and --source`);
         return next;
       };
       return secret ? readPages(ask).catch(note(what)) : null;
@@ -1037,7 +1037,7 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
     if (Math.abs(movedMs) <= Math.min(10 * SECOND, Math.max(100, options.maxAgeMs / 10))) return; // 100 is jitter.
     leadMs += movedMs;
     // By a clock that was set back, nobody can tell how old the last good look is.
-    if (movedMs < 0) learn({ ...reading, asOfMs: null, error: "this machine's clock was set back" });
+    if (movedMs < 0) learn({ ...reading, asOfMs: null, error: "this machine's clock was set back; wait for a look" });
     beginWait();
     alarm.resolve();
   }
