@@ -226,9 +226,7 @@ export function resolveSource({ source, baseUrl, drill }: Options): "costs" | "b
 // ── Schemas ─────────────────────────────────────────────────────────────────────────────────────
 // Every byte from outside passes one of these, in linear time. Unknown members are left alone: OpenAI adds some.
 
-function addUp(sums: Record<string, number>): number {
-  return Object.values(sums).reduce((total, amount) => total + amount, 0);
-}
+const addUp = (sums: Record<string, number>) => Object.values(sums).reduce((total, amount) => total + amount, 0);
 
 /** An amount: a finite number, or a string as OpenAI sends them live (`"0E-6176"`, `"0.1739150000000000"`). */
 export const AmountSchema = z
@@ -254,9 +252,18 @@ const RowsSchema = ListSchema.optional();
 const INDEX = /"(?:\d|\\u003\d){1,5}"\s*:/; // A member named 999 makes an object a list of 1,000.
 const isOver = (text: string, mark: RegExp, max: number) => text.length > max && text.split(mark, max).length >= max;
 
-/** Parses JSON; undefined for a text that is none, or has too many members, lists and items. */
+const TEXTS = /"[^"\\]*(?:\\[^][^"\\]*)*"?\s*:?/g; // Of JSON; a name has its colon.
+
+/** How many names differ: where they are made to meet in a table, to parse 20,000 of them takes seconds. */
+function countNames(json: string): number {
+  const names = (json.match(TEXTS) ?? []).filter((text) => text.endsWith(":")).sort();
+  return names.filter((name, at) => name !== names[at - 1]).length;
+}
+
+/** Parses JSON; undefined for a text that is none, or has too many members, names, lists and items. */
 function parseJson(text: string): unknown {
   if (isOver(text, /:/, 100_000) || isOver(text, /[[{,]/, 400_000) || isOver(text, INDEX, 2000)) return undefined;
+  if (isOver(text, /:/, 2000) && (isOver(text, /["\\]/, 1_000_000) || countNames(text) > 2000)) return undefined;
   try {
     return JSON.parse(text);
   } catch {
@@ -395,9 +402,7 @@ export type Page = { entries: Entry[]; next: string | null; problem: string | nu
 
 const MAX_PROBLEMS = 10; // A page of 1 MiB can hold so many bad rows that to explain them all takes seconds.
 
-function explain({ issues: [issue] }: z.ZodError): string {
-  return `${issue?.path.join(".") || "the answer"}: ${issue?.message}`;
-}
+const explain = ({ issues: [issue] }: z.ZodError) => `${issue?.path.join(".") || "the answer"}: ${issue?.message}`;
 
 /** The items of a list that fit; what is wrong with the others, or with the list, goes to `problems`. */
 function readEach<T>(list: unknown, { schema, problems }: { schema: z.ZodType<T>; problems: string[] }): T[] {
@@ -458,9 +463,7 @@ export type Self = { startedMs: number; gateway: string | null; keys: string[] }
 
 export const UNSEEN: Reading = { asOfMs: null, sums: {}, error: null, retryAfterMs: 0 };
 
-function nameSum(day: string, models = ""): string {
-  return models ? `${day} ${models}` : day;
-}
+const nameSum = (day: string, models = "") => (models ? `${day} ${models}` : day);
 
 /** `sums` with `entries`. A credit (below 0) hides no cost; a model counts toward the first allowance that fits it. */
 export function addEntries(sums: Sums, entries: Entry[], { now, options }: Omit<Moment, "reading">): Sums {
@@ -573,9 +576,7 @@ const HELP = [
   "{      begins a message of the Model Context Protocol, one a line, for this machine only",
 ].join("\n");
 
-function answerWith(text: string | null): Question {
-  return { reply: () => text };
-}
+const answerWith = (text: string | null): Question => ({ reply: () => text });
 
 /** Finds what a line asks for: `findQuestion(" status\r", { isLocal: () => false })` → the row of STATUS */
 export function findQuestion(line: string, { isLocal }: { isLocal: () => boolean }): Question {
@@ -1263,6 +1264,7 @@ const MAX_IDS = 100_000; // So many take 10 MiB; all are forgotten then, and an 
 
 type Recorder = { hold(size: number): boolean; read(part: string): Promise<unknown>; end(answer: Response): Response };
 type Relaying = Recorder & { isAsking: boolean; signal: AbortSignal };
+const copy = (cut: string) => Buffer.from(cut, "latin1").toString("latin1"); // Else it keeps what it was cut out of.
 
 /** Passes an answer on as it comes, less the event that was asked for; what is too long to be held passes unread. */
 async function* relay(answer: Response, { isAsking, signal, hold, read, end }: Relaying) {
@@ -1274,25 +1276,27 @@ async function* relay(answer: Response, { isAsking, signal, hold, read, end }: R
   const isUsage = (json: unknown) => isAsked && UsageEventSchema.safeParse(json).success;
   /** What has come of an event, or of the whole; null in the midst of what is too long. */
   let held: string | null = isRead ? "" : null;
-  let [seam, pieces] = ["", 0]; // the seam of what is held with what came last, and its pieces: each takes 128 bytes
-  try {
-    for await (const chunk of answer.body ?? []) {
-      if (chunk.length > 16384) await takeTurn(() => {}); // Others have theirs too, however much has come.
-      const piece = isRead ? Buffer.from(chunk).toString("latin1") : "";
-      const text: string = (held ?? "") + piece;
-      seam = seam.slice(-2) + piece;
-      let [shown, from, at] = ["", 0, 0];
-      for (const [event] of isEvents && /\n\r?\n/.test(seam) ? text.matchAll(EVENTS) : []) {
-        if (isUsage(await read(event))) [shown, from] = [shown + text.slice(from, at), at + event.length];
-        [at, pieces] = [at + event.length, 0];
-        if (text.length <= TURN.bytes || !signal.aborted) continue;
-        await read(text.match(/^.*_tokens.*/gm)?.at(-1) ?? ""); // To read all can take minutes: the last tells most.
-        break;
-      }
-      const rest = text.slice(at);
-      held = (held !== null || at > 0) && hold(rest.length + 128 * ++pieces) ? rest : null;
-      yield isAsked ? Buffer.from(shown + text.slice(from, held === null ? undefined : at), "latin1") : chunk;
+  let [tail, pieces] = ["", 0]; // the last two letters, and the pieces of what is held: each takes 128 bytes
+  /** Gives what to pass on of a chunk; a function of its own, since a generator keeps all that it has while it waits. */
+  const take = async (chunk: Uint8Array) => {
+    if (chunk.length > 16384) await takeTurn(() => {}); // Others have theirs too, however much has come.
+    const piece = isRead ? Buffer.from(chunk).toString("latin1") : "";
+    const [text, seam] = [(held ?? "") + piece, tail + piece];
+    let [shown, from, at] = ["", 0, 0];
+    for (const [event] of isEvents && /\n\r?\n/.test(seam) ? text.matchAll(EVENTS) : []) {
+      if (isUsage(await read(event))) [shown, from] = [shown + text.slice(from, at), at + event.length];
+      [at, pieces] = [at + event.length, 0];
+      if (text.length <= TURN.bytes || !signal.aborted) continue;
+      await read(text.match(/^.*_tokens.*/gm)?.at(-1) ?? ""); // To read all can take minutes: the last tells most.
+      break;
     }
+    tail = copy(seam.slice(-2));
+    const rest = at > 0 ? copy(text.slice(at)) : text;
+    held = (held !== null || at > 0) && hold(rest.length + 128 * ++pieces) ? rest : null;
+    return isAsked ? Buffer.from(shown + text.slice(from, held === null ? undefined : at), "latin1") : chunk;
+  };
+  try {
+    for await (const chunk of answer.body ?? []) yield await take(chunk);
   } finally {
     if (isUsage(await read(held ?? ""))) held = null; // It counts even where its end has never come.
     end(answer);
@@ -1365,7 +1369,7 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     await standBy(() => watch.whenSettled() !== null);
     if (server.pendingRequests > room) await Bun.sleep(pauseMs()); // Who comes goes behind all who wait.
     const isChat = request.method === "POST" && new URL(request.url).pathname.endsWith("/completions");
-    const size = Number(request.headers.get("content-length") ?? Infinity);
+    const size = Number.parseInt(request.headers.get("content-length") ?? "");
     const isAskable = isChat && options.allowances.length > 0 && size <= MAX_BODY_BYTES;
     const isOpen = () => watch.describe().open;
     if (isAskable) await standBy(() => !isOpen() && !hold(size, requests));
@@ -1527,25 +1531,21 @@ async function endCommand({ pid, exited }: Bun.Subprocess): Promise<void> {
   await exited;
 }
 
-/** INFO, or null where there is none in time. */
-function tryInfo({ options }: World): Promise<Info | null> {
-  return askInfo({ ...options, timeoutMs: 0 }).catch(() => null);
-}
-
 /** Asks every second, and gives the reason once the breaker is open, or unknown for too long. */
-async function waitForTrip(world: World): Promise<string | null> {
-  const { options, signal } = world;
+async function waitForTrip({ options, signal }: World): Promise<string | null> {
   for (let failingSinceMs = Infinity; ;) {
     await Bun.sleep(SECOND);
     if (signal.aborted) return null;
     try {
-      if (await askStatus(options)) return (await tryInfo(world))?.message ?? "TRUE";
+      if (await askStatus(options)) break;
       failingSinceMs = Infinity;
     } catch (error) {
       failingSinceMs = Math.min(failingSinceMs, performance.now());
       if (performance.now() - failingSinceMs >= PATIENCE_MS && options.whenUnknown) return messageOf(error);
     }
   }
+  const info = await askInfo({ ...options, timeoutMs: 0 }).catch(() => null);
+  return info?.message ?? "TRUE";
 }
 
 /** Runs a command while the breaker is closed; gives its exit code, or 75. Throws where at first no breaker answers. */
@@ -1556,7 +1556,7 @@ async function guard(world: World): Promise<number> {
   const readNone = (error: unknown) => (/answers "(?!ERR Busy)/.test(messageOf(error)) ? null : Promise.reject(error));
   const info = await askInfo(options).catch(readNone);
   if (await askStatus(options)) {
-    log(`the breaker is open, ${argv[0]} was not started: ${redact((await tryInfo(world))?.message ?? "TRUE")}`);
+    log(`the breaker is open, ${argv[0]} was not started: ${redact(info?.open ? info.message : "TRUE")}`);
     return EXIT.stopped;
   }
   const gateway = info?.gateway ?? undefined;
