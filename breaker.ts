@@ -51,9 +51,7 @@ export function isLoopback(host: string): boolean {
 }
 
 /** By its name, localhost may lead to `::1`, where another user of this machine may listen. */
-function resolveLocalhost(host: string): string {
-  return host.toLowerCase() === "localhost" ? "127.0.0.1" : host;
-}
+const resolveLocalhost = (host: string) => (host.toLowerCase() === "localhost" ? "127.0.0.1" : host);
 
 const str = z.string();
 const word = str.regex(/^[^\s\p{Cc}\p{Cf}]+$/u);
@@ -793,9 +791,7 @@ const MAX_READ_BYTES = 1024 * 1024;
 const ADDED = /(\. For more | fetching "|(?<=tunnel: \d+) ).*/s; // By Bun: advice, the account's cursor, a proxy's words.
 const isSecret = ({ length }: string) => length >= 8; // What is shorter stands in many a text.
 
-function messageOf(error: unknown): string {
-  return error instanceof Error ? error.message.replace(ADDED, "") : String(error);
-}
+const messageOf = (error: unknown) => (error instanceof Error ? error.message.replace(ADDED, "") : String(error));
 
 /** Waits as long as something holds, `limitMs` at most; false where it still holds then. */
 async function waitWhile(holds: () => boolean, limitMs = Infinity, pauseMs = () => 50): Promise<boolean> {
@@ -1363,7 +1359,9 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
   }
 
   /** What to send on of a request, once it can be decided on, and whether that asks for the usage of a stream. */
-  async function prepareBody(request: Request, { hold }: Pick<ReturnType<typeof createRecorder>, "hold">) {
+  async function prepare(request: Request, { hold }: Pick<ReturnType<typeof createRecorder>, "hold">) {
+    const headers = passHeaders(request.headers);
+    headers.set("accept-encoding", "identity");
     const pauseMs = () => Math.max(50, server.pendingRequests / 4); // Four of them look in a ms, however many wait.
     const standBy = (holds: () => boolean) => waitWhile(() => holds() && !request.signal.aborted, Infinity, pauseMs);
     await standBy(() => watch.whenSettled() !== null);
@@ -1373,12 +1371,16 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     const isAskable = isChat && options.allowances.length > 0 && size <= MAX_BODY_BYTES;
     const isOpen = () => watch.describe().open;
     if (isAskable) await standBy(() => !isOpen() && !hold(size, requests));
-    if (isAskable && isOpen()) return { body: null, isAsking: false }; // Nor is it sent when it closes now.
+    if (isAskable && isOpen()) return { headers, body: null, isAsking: false }; // Nor is it sent when it closes now.
     const text = isAskable ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     const asking = text === null ? null : await takeTurn(() => (request.signal.aborted ? null : askForUsage(text)));
     const enters = () => underWay.size < room && Boolean(underWay.add(request));
     await standBy(() => watch.whenSettled() !== null || (!isOpen() && !enters()));
-    return { body: text === null ? request.body : Buffer.from(asking ?? text, "latin1"), isAsking: Boolean(asking) };
+    if (text === null) return { headers, body: request.body, isAsking: false };
+    const bytes = Buffer.from(asking ?? text, "latin1");
+    headers.set("content-length", String(bytes.length));
+    const start = (to: ReadableStreamDefaultController) => [to.enqueue(bytes), to.close()];
+    return { headers, body: new ReadableStream({ start }), isAsking: Boolean(asking) }; // Bytes, Bun would keep.
   }
 
   /** Sends a request on where it may pass, and gives its answer while that comes. */
@@ -1386,13 +1388,11 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     await takeTurn(() => {}); // Many may have come in one moment.
     const refusal = screen(request, server.port ?? 0);
     if (refusal) return recorder.end(refusal);
-    const { body, isAsking } = await prepareBody(request, recorder);
+    const { headers, body, isAsking } = await prepare(request, recorder);
     const { open, message } = watch.describe(); // Only now: while a body came, or waited, the breaker may have tripped.
     const sentence = `Refused by the circuit breaker on this machine: ${message}`;
     if (open || !underWay.has(request)) return recorder.end(refuse("breaker_open", sentence));
     const to = request.url.replace(/^http:\/\/[^/]*\/v1/, () => options.baseUrl);
-    const headers = passHeaders(request.headers);
-    headers.set("accept-encoding", "identity");
     const answer = await fetch(to, { method: request.method, headers, body, signal: request.signal, ...ON_WIRE });
     const head = { status: answer.status, statusText: answer.statusText, headers: passHeaders(answer.headers) };
     if (!answer.body || request.signal.aborted) return recorder.end(new Response(null, head)); // Nobody reads it.
