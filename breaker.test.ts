@@ -3519,6 +3519,7 @@ suite("passing on", () => {
     ["a model", { id: "gpt-4o", object: "model", owned_by: "openai" }, null],
     ["tokens below 0", chat({ usage: { prompt_tokens: -1, completion_tokens: 3 } }), [null, MODEL]],
     ["tokens as text", chat({ usage: { prompt_tokens: "1", completion_tokens: 3 } }), [null, MODEL]],
+    ["a model with an odd length", response({ model: { length: { toString: 1 } } }), null],
     ["an error", { error: { message: "x" } }, null],
     ["a list", [chat()], null],
     ["nothing", undefined, null],

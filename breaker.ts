@@ -274,7 +274,7 @@ export const CostRowSchema = z
   .object({ amount: z.object({ value: AmountSchema, currency: z.string().regex(/^usd$/i).nullish() }) })
   .transform(({ amount }) => ({ amount: amount.value }));
 
-const modelName = str.max(256); // A longer one would make globs slow.
+const modelName = str.regex(/^[^]{0,256}$/); // A longer one would make globs slow; max() throws for some objects.
 
 /** `input_tokens` holds the cached ones already. */
 const tokenCount = z.int().min(0);
