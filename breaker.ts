@@ -1106,7 +1106,7 @@ function takeTurn<T>(work: () => T): Promise<T> {
     if (performance.now() >= turnsEndMs) await twoRounds().then(() => (turnsEndMs = performance.now() + TURN.ms));
     return work();
   });
-  turns = turn.catch(() => {});
+  turns = turn.catch(() => {}).then(() => {}); // What it gave is not kept until the next.
   return turn;
 }
 
