@@ -4593,7 +4593,7 @@ suite("the README", () => {
 
   test("names every option, and nothing that is none", () => {
     // Those of bun and of systemctl.
-    const others = ["--config", "--no-env-file", "--tsconfig-override", "--user"];
+    const others = ["--config", "--kill-whom", "--no-env-file", "--tsconfig-override", "--user"];
     const list = (text: string) => [...new Set(text.match(/(?<![-\w])--[a-z][-a-z]*/g))].sort();
     const named = list(readFileSync(readme, "utf8"));
     expect(named.filter((name) => !others.includes(name))).toEqual(list(formatHelp()));
