@@ -3083,6 +3083,8 @@ suite("MCP", () => {
     ["a batch", `[${request(1, "ping")}]`, { error: { code: -32600 } }],
     ["bad JSON", "{", { error: { code: -32700 } }],
     ["no JSON", "STATUS", { error: { code: -32700 } }],
+    ["257 names", listMembers(257), { error: { code: -32700 } }],
+    ["256 names, and no request", listMembers(256), { error: { code: -32600 } }],
     ["a notification", '{"jsonrpc":"2.0","method":"notifications/initialized"}', null],
     ["an unknown notification", '{"jsonrpc":"2.0","method":"nonsense","params":[1]}', null],
     [

@@ -260,9 +260,9 @@ function countNames(json: string): number {
 }
 
 /** Parses JSON; undefined for a text that is none, or has too many members, names, lists and items. */
-function parseJson(text: string): unknown {
+function parseJson(text: string, maxNames = 2000): unknown {
   if (isOver(text, /:/, 100_000) || isOver(text, /[[{,]/, 400_000) || isOver(text, INDEX, 2000)) return undefined;
-  if (isOver(text, /:/, 2000) && (isOver(text, /["\\]/, 1_000_000) || countNames(text) > 2000)) return undefined;
+  if (isOver(text, /:/, maxNames) && (isOver(text, /["\\]/, 1e6) || countNames(text) > maxNames)) return undefined;
   try {
     return JSON.parse(text);
   } catch {
@@ -637,8 +637,8 @@ function answerError(id: string | number | undefined, error: { code: number; mes
 /** What one line of MCP asks for, a bad one too. */
 export function readMcp(line: string): Question {
   if (!line.trim()) return answerWith(null);
-  const json = parseJson(line);
-  if (json === undefined) return answerError(undefined, { code: -32700, message: "Not JSON" });
+  const json = parseJson(line, 256);
+  if (json === undefined) return answerError(undefined, { code: -32700, message: "Not JSON, or of too many names" });
   const envelope = JsonSchema.safeParse(json).data ?? {};
   const id = IdSchema.safeParse(envelope["id"]).data;
   const message = MessageSchema.safeParse(json);
@@ -1740,12 +1740,12 @@ export async function main(argv: string[], surroundings: Surroundings): Promise<
 }
 
 if (import.meta.main) {
-  const pending: string[] = [];
-  let written: Promise<unknown> = Promise.resolve();
+  const pending: Buffer[] = []; // A text could keep what it was cut out of.
+  let sent: Promise<unknown> = Promise.resolve();
   /** Writes in a thread, since who reads may be asleep (a full pipe, a stopped terminal), or gone: then nobody is told. */
   function log(text: string): void {
-    if (pending.push(`${text}\n`) > 10_000) return void pending.pop();
-    written = written.then(async () => pending[0] && promisify(write)(2, pending.splice(0).join(""))).catch(() => {});
+    if (pending.push(Buffer.from(`${text}\n`)) > 10_000) return void pending.pop();
+    sent = sent.then(async () => pending[0] && promisify(write)(2, Buffer.concat(pending.splice(0)))).catch(() => {});
   }
   const code = await main(Bun.argv.slice(2), {
     env: { ...process.env },
@@ -1755,6 +1755,6 @@ if (import.meta.main) {
     log,
     isColoured: isatty(1) && !process.env["NO_COLOR"],
   });
-  await Promise.race([written, Bun.sleep(SECOND)]);
+  await Promise.race([sent, Bun.sleep(SECOND)]);
   process.exit(code);
 }
