@@ -1087,10 +1087,9 @@ export function startWatch(world: World, { look, onAnswer }: { look: Look; onAns
   };
 }
 
-export type Watch = ReturnType<typeof startWatch>;
-
 // ── Effects: the server ─────────────────────────────────────────────────────────────────────────
 
+export type Watch = ReturnType<typeof startWatch>;
 const MAX_CONNECTIONS = 1024;
 /** How much is read, or answered, in turns of their own, and what may be held of all peers, unread or unsent. */
 const TURN = { ms: 10, lines: 256, bytes: 64 * 1024 };
@@ -1380,7 +1379,8 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     const bytes = Buffer.from(asking ?? text, "latin1");
     headers.set("content-length", String(bytes.length));
     const start = (to: ReadableStreamDefaultController) => [to.enqueue(bytes), to.close()];
-    return { headers, body: new ReadableStream({ start }), isAsking: Boolean(asking) }; // Bytes, Bun would keep.
+    const body = bytes.length > TURN.bytes ? new ReadableStream({ start }) : bytes; // Bun keeps bytes to the end.
+    return { headers, body, isAsking: Boolean(asking) };
   }
 
   /** Sends a request on where it may pass, and gives its answer while that comes. */
