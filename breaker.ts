@@ -1359,8 +1359,6 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
 
   /** What to send on of a request, once it can be decided on, and whether that asks for the usage of a stream. */
   async function prepare(request: Request, { hold }: Pick<ReturnType<typeof createRecorder>, "hold">) {
-    const headers = passHeaders(request.headers);
-    headers.set("accept-encoding", "identity");
     const pauseMs = () => Math.max(50, server.pendingRequests / 4); // Four of them look in a ms, however many wait.
     const standBy = (holds: () => boolean) => waitWhile(() => holds() && !request.signal.aborted, Infinity, pauseMs);
     await standBy(() => watch.whenSettled() !== null);
@@ -1370,11 +1368,13 @@ export function startGateway({ options, self, env, now, log }: World, watch: Wat
     const isAskable = isChat && options.allowances.length > 0 && size <= MAX_BODY_BYTES;
     const isOpen = () => watch.describe().open;
     if (isAskable) await standBy(() => !isOpen() && !hold(size, requests));
-    if (isAskable && isOpen()) return { headers, body: null, isAsking: false }; // Nor is it sent when it closes now.
+    if (isAskable && isOpen()) return { headers: new Headers(), body: null, isAsking: false }; // Never sent.
     const text = isAskable ? Buffer.from(await request.arrayBuffer()).toString("latin1") : null;
     const asking = text === null ? null : await takeTurn(() => (request.signal.aborted ? null : askForUsage(text)));
     const enters = () => underWay.size < room && Boolean(underWay.add(request));
     await standBy(() => watch.whenSettled() !== null || (!isOpen() && !enters()));
+    const headers = passHeaders(request.headers);
+    headers.set("accept-encoding", "identity");
     if (text === null) return { headers, body: request.body, isAsking: false };
     const bytes = Buffer.from(asking ?? text, "latin1");
     headers.set("content-length", String(bytes.length));
