@@ -1743,15 +1743,18 @@ suite("the watch", () => {
     expect(await until(async () => (await breaker.info()).error)).toMatch(/cannot show sk-\*\*\*; install pass/);
   });
 
-  test("nobody can tell how old a good look is by a clock that the account's Date proves wrong", async () => {
-    let answer = FREE;
-    using account = startAccount(() => answer);
-    await using breaker = await serve(["--base-url", account.base, ...quick]);
-    expect(await breaker.ask("STATUS")).toBe("FALSE");
-    answer = http(page([]), { headers: { Date: new Date(Date.now() + 3 * 3600_000).toUTCString() } });
-    await until(async () => (await breaker.info()).error);
-    expect(await breaker.info()).toMatchObject({ open: true, reason: "unknown", asOf: null });
-  });
+  test.each([200, 401, 500])(
+    "a Date with HTTP %i that proves the clock wrong voids the last good look",
+    async (status) => {
+      let answer = FREE;
+      using account = startAccount(() => answer);
+      await using breaker = await serve(["--base-url", account.base, ...quick]);
+      expect(await breaker.ask("STATUS")).toBe("FALSE");
+      answer = http(page([]), { status, headers: { Date: new Date(Date.now() + 3 * 3600_000).toUTCString() } });
+      await until(async () => (await breaker.info()).error);
+      expect(await breaker.info()).toMatchObject({ open: true, reason: "unknown", asOf: null });
+    },
+  );
 
   test("Retry-After is honoured", async () => {
     using account = startAccount(always(http("", { status: 429, headers: { "Retry-After": "30" } })));

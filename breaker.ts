@@ -913,14 +913,14 @@ function failToReach(error: unknown): never {
 /** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
 async function readAnswer(response: Response, { options, now, look }: World & { look: Reading }): Promise<unknown> {
   const { status, headers } = response;
-  if (status !== 200) throw new Error(`HTTP ${status}; ${advise(status, options)}`);
-  const encoding = headers.get("content-encoding") ?? "identity";
-  if (encoding !== "identity") throw new Error("the answer is compressed, though asked for as is; check --base-url");
   const date = headers.get("date");
   if (date !== null && !(Math.abs(Date.parse(date) - now()) <= 10 * MINUTE)) {
     look.asOfMs = null;
     throw new Error("the answer's Date is more than 10 minutes off; set this machine's clock");
   }
+  if (status !== 200) throw new Error(`HTTP ${status}; ${advise(status, options)}`);
+  const encoding = headers.get("content-encoding") ?? "identity";
+  if (encoding !== "identity") throw new Error("the answer is compressed, though asked for as is; check --base-url");
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
   const bytes = await readAll(response.body ?? new Blob([]).stream()).catch(failToReach);
   const text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
