@@ -250,19 +250,20 @@ const RowsSchema = ListSchema.optional();
 const INDEX = /"(?:\d|\\u003\d){1,5}"\s*:/; // A member named 999 makes an object a list of 1,000.
 const isOver = (text: string, mark: RegExp, max: number) => text.length > max && text.split(mark, max).length >= max;
 
-const [SEED] = crypto.getRandomValues(new Uint32Array(1)); // Nobody makes names that meet in our table.
-const TEXTS = /"[^"\\]*(?:\\[^][^"\\]*)*"?\s*:?/g; // Of JSON; a name has its colon.
+const [SEED] = crypto.getRandomValues(new Uint32Array(1)); // Nobody makes texts that meet in our table.
+const SHORT = /^(?:[^\\]|\\(?:u....|[^u])){0,16}$/s; // Bun keeps these in a table of its own, and all names.
 
-/** Names times different ones: so many pairs may be compared where names are made to meet in a table. */
-function countPairs(json: string): number {
-  const names = json.match(TEXTS)?.filter((text) => text.endsWith(":")) ?? [];
-  return names.length * new Set(names.map((name) => Number(Bun.hash(name, SEED)))).size;
+/** Whether texts may be compared over `max` times `max` times, where they are made to meet in Bun's table. */
+function mayMeet(json: string, max: number): boolean {
+  const pieces = json.replaceAll("\\\\", "\x01").replaceAll('\\"', "\x02").split('"', 1e6); // Each second is a text.
+  const kept = pieces.filter((text, i) => i % 2 === 1 && (SHORT.test(text) || /^\s*:/.test(pieces[i + 1] ?? "")));
+  return new Set(kept.map((text) => Number(Bun.hash(text, SEED)))).size * kept.length > max ** 2;
 }
 
-/** Parses JSON; undefined for a text that is none, or of too many members, lists, items or names: `max` different ones. */
+/** Parses JSON; undefined for a text that is none, or of too many members, lists, items or texts: `max` different ones. */
 function parseJson(text: string, max = 5000): unknown {
   if (isOver(text, /:/, 100_000) || isOver(text, /[[{,]/, 400_000) || isOver(text, INDEX, 2000)) return undefined;
-  if (isOver(text, /:/, max) && (isOver(text, /["\\]/, 1e6) || countPairs(text) > max ** 2)) return undefined;
+  if (isOver(text, /"/, 2 * max) && mayMeet(text, max)) return undefined;
   try {
     return JSON.parse(text);
   } catch {
@@ -711,7 +712,8 @@ export const EVENTS = /[\r\n]*\n|[^]*?\n\r?\n/gy;
 /** The JSON of a body, or of the `data` of an event (no line of JSON begins so); undefined where it holds none. */
 export function readJson(text: string): unknown {
   const lines = text.match(/(?<=^data:).*/gm) ?? [text];
-  return parseJson(Buffer.from(lines.join("\n"), "latin1").toString());
+  const json = Buffer.from(lines.join("\n"), "latin1").toString();
+  return parseJson(json.replace(/"token":\s*"[^"\\]{0,16}"/g, '"token":0')); // Of logprobs: many, and different.
 }
 
 /**
@@ -906,13 +908,11 @@ function advise(status: number, options: Options): string {
   return `${create} https://platform.openai.com/settings/organization/admin-keys ${store}`;
 }
 
-function failToReach(error: unknown): never {
-  throw new Error(`${redact(messageOf(error))}; check the network and --base-url`);
-}
+const failToReach = (error: unknown) =>
+  Promise.reject(new Error(`${redact(messageOf(error))}; check the network and --base-url`));
 
 /** Reads a good answer, and throws for any other. Nothing that the account says is repeated: it may quote the key. */
-async function readAnswer(response: Response, { options, now, look }: World & { look: Reading }): Promise<unknown> {
-  const { status, headers } = response;
+async function readAnswer({ status, headers, body }: Response, { options, now, look }: World & { look: Reading }) {
   const date = headers.get("date");
   if (date !== null && !(Math.abs(Date.parse(date) - now()) <= 10 * MINUTE)) {
     look.asOfMs = null;
@@ -922,13 +922,13 @@ async function readAnswer(response: Response, { options, now, look }: World & { 
   const encoding = headers.get("content-encoding") ?? "identity";
   if (encoding !== "identity") throw new Error("the answer is compressed, though asked for as is; check --base-url");
   if (!(Number(headers.get("age")) <= 60)) throw new Error("the answer lay in a cache for a minute; check --base-url");
-  const bytes = await readAll(response.body ?? new Blob([]).stream()).catch(failToReach);
+  const bytes = await readAll(body ?? new Blob([]).stream()).catch(failToReach);
   const text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  const body = await takeTurn(() => parseJson(text.replace(TOKENS, raiseTiny)));
-  if (body === undefined) throw new Error("the answer is not JSON; check --base-url");
-  const { error } = JsonSchema.safeParse(body).data ?? {};
+  const json = await takeTurn(() => parseJson(text.replace(TOKENS, raiseTiny)));
+  if (json === undefined) throw new Error("the answer is not JSON; check --base-url");
+  const { error } = JsonSchema.safeParse(json).data ?? {};
   if (error !== undefined && error !== null) throw new Error("the answer is an error with HTTP 200; check --base-url");
-  return body;
+  return json;
 }
 
 /** Reads a list to its end: `ask` takes what to add to the query for a page, and gives the cursor of the next. */
